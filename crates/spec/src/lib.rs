@@ -1,0 +1,1 @@
+//! Wire and on-disk types.

@@ -1,0 +1,2 @@
+//! zbdkit
+fn main() {}
