@@ -1,1 +1,3 @@
-//! testkit
+//! Clients, oracles, devices and suites for the tests and benchmarks of zbdkit.
+
+pub mod client;
