@@ -1,0 +1,509 @@
+//! The shape of a zoned device, checked once, and the arithmetic on it.
+
+use crate::error::{GeometryError, ZoneError};
+use crate::types::{Model, ZoneNo, ZoneType};
+
+/// The most zones a device can have. The engine takes 64 bytes of memory a zone, and an image that claims
+/// more than this is more likely forged than useful.
+pub const MAX_ZONES: u32 = 1 << 24;
+
+/// The figures that a [`Geometry`] is made from. Sizes are bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GeometrySpec {
+    /// How sequential zones may be written.
+    pub model: Model,
+    /// Bytes of the whole device. The last zone is shorter where this is not a multiple of the zone size.
+    pub size: u64,
+    /// Distance from one zone's start to the next.
+    pub zone_size: u64,
+    /// Writable bytes of a zone, at most `zone_size`.
+    pub zone_capacity: u64,
+    /// The first so many zones are conventional.
+    pub nr_conventional: u32,
+    /// Logical block size, which is also the write granularity.
+    pub block_size: u32,
+    /// How many zones may be open; 0 for no limit.
+    pub max_open: u32,
+    /// How many zones may be open or closed; 0 for no limit.
+    pub max_active: u32,
+    /// The longest zone append; 0 for none.
+    pub max_append: u64,
+}
+
+/// The shape of a zoned device. What it says is consistent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    spec: GeometrySpec,
+    nr_zones: u32,
+    /// log2 of the zone size where it is a power of two, which spares most devices a division a request.
+    shift: Option<u8>,
+}
+
+impl Geometry {
+    /// Checks the figures. Limits that reach the number of sequential zones can never be met and become 0 (no
+    /// limit); the append limit is cut to whole blocks and to the zone capacity.
+    ///
+    /// # Errors
+    /// The first rule that the figures break, in words for the user who chose them.
+    pub fn new(mut spec: GeometrySpec) -> Result<Self, GeometryError> {
+        let nr_zones = check_sizes(&spec)?;
+        check_limits(&spec, nr_zones)?;
+        let sequential = nr_zones - spec.nr_conventional;
+        for limit in [&mut spec.max_open, &mut spec.max_active] {
+            if *limit >= sequential {
+                *limit = 0;
+            }
+        }
+        let append = spec.max_append.min(spec.zone_capacity);
+        spec.max_append = append - append % u64::from(spec.block_size);
+        let shift = spec
+            .zone_size
+            .is_power_of_two()
+            .then(|| spec.zone_size.trailing_zeros() as u8);
+        Ok(Self {
+            spec,
+            nr_zones,
+            shift,
+        })
+    }
+
+    /// The figures, as corrected by [`Geometry::new`].
+    pub fn spec(&self) -> &GeometrySpec {
+        &self.spec
+    }
+
+    /// How sequential zones may be written.
+    pub fn model(&self) -> Model {
+        self.spec.model
+    }
+
+    /// Bytes of the whole device.
+    pub fn size(&self) -> u64 {
+        self.spec.size
+    }
+
+    /// Distance from one zone's start to the next, in bytes.
+    pub fn zone_size(&self) -> u64 {
+        self.spec.zone_size
+    }
+
+    /// Writable bytes of a full-length sequential zone; see [`Geometry::capacity`] for a given one.
+    pub fn zone_capacity(&self) -> u64 {
+        self.spec.zone_capacity
+    }
+
+    /// Number of zones, at least 1.
+    pub fn nr_zones(&self) -> u32 {
+        self.nr_zones
+    }
+
+    /// The first so many zones are conventional; fewer than [`Geometry::nr_zones`].
+    pub fn nr_conventional(&self) -> u32 {
+        self.spec.nr_conventional
+    }
+
+    /// Logical block size and write granularity, in bytes.
+    pub fn block_size(&self) -> u32 {
+        self.spec.block_size
+    }
+
+    /// How many zones may be open; 0 for no limit.
+    pub fn max_open(&self) -> u32 {
+        self.spec.max_open
+    }
+
+    /// How many zones may be open or closed; 0 for no limit.
+    pub fn max_active(&self) -> u32 {
+        self.spec.max_active
+    }
+
+    /// The longest zone append in bytes; 0 for none.
+    pub fn max_append(&self) -> u64 {
+        self.spec.max_append
+    }
+
+    /// The zone that holds this byte. Beyond the device it is a number at or above [`Geometry::nr_zones`].
+    pub fn zone_of(&self, offset: u64) -> ZoneNo {
+        let zone = match self.shift {
+            Some(shift) => offset >> shift,
+            None => offset / self.spec.zone_size,
+        };
+        ZoneNo(u32::try_from(zone).unwrap_or(u32::MAX))
+    }
+
+    /// The zone that starts exactly here.
+    ///
+    /// # Errors
+    /// `OutOfRange` beyond the device, `NotZoneStart` inside a zone.
+    pub fn zone_at(&self, offset: u64) -> Result<ZoneNo, ZoneError> {
+        if offset >= self.spec.size {
+            return Err(ZoneError::OutOfRange {
+                offset,
+                len: 0,
+                size: self.spec.size,
+            });
+        }
+        let zone = self.zone_of(offset);
+        if self.start(zone) == offset {
+            Ok(zone)
+        } else {
+            Err(ZoneError::NotZoneStart { offset })
+        }
+    }
+
+    /// The zone's first byte.
+    pub fn start(&self, zone: ZoneNo) -> u64 {
+        u64::from(zone.0) * self.spec.zone_size
+    }
+
+    /// The byte after the zone's last.
+    pub fn end(&self, zone: ZoneNo) -> u64 {
+        self.start(zone)
+            .saturating_add(self.spec.zone_size)
+            .min(self.spec.size)
+    }
+
+    /// The zone's length in bytes; the last one may be short.
+    pub fn len(&self, zone: ZoneNo) -> u64 {
+        self.end(zone) - self.start(zone)
+    }
+
+    /// The zone's writable bytes. A conventional zone can be written whole.
+    pub fn capacity(&self, zone: ZoneNo) -> u64 {
+        if self.is_conventional(zone) {
+            self.len(zone)
+        } else {
+            self.spec.zone_capacity.min(self.len(zone))
+        }
+    }
+
+    /// Whether the zone is conventional.
+    pub fn is_conventional(&self, zone: ZoneNo) -> bool {
+        zone.0 < self.spec.nr_conventional
+    }
+
+    /// The zone's type.
+    pub fn zone_type(&self, zone: ZoneNo) -> ZoneType {
+        if self.is_conventional(zone) {
+            return ZoneType::Conventional;
+        }
+        match self.spec.model {
+            Model::HostAware => ZoneType::SequentialPreferred,
+            Model::HostManaged => ZoneType::SequentialRequired,
+        }
+    }
+
+    /// All zones, in order.
+    pub fn zones(&self) -> impl ExactSizeIterator<Item = ZoneNo> + use<> {
+        (0..self.nr_zones).map(ZoneNo)
+    }
+
+    /// The end of a range that lies on the device.
+    pub(crate) fn range(&self, offset: u64, len: u64) -> Result<u64, ZoneError> {
+        let size = self.spec.size;
+        match offset.checked_add(len) {
+            Some(end) if end <= size && offset < size => Ok(end),
+            _ => Err(ZoneError::OutOfRange { offset, len, size }),
+        }
+    }
+
+    /// That a range is some whole blocks.
+    pub(crate) fn blocks(&self, offset: u64, len: u64) -> Result<(), ZoneError> {
+        let granularity = self.spec.block_size;
+        if len == 0 || (offset | len) & u64::from(granularity - 1) != 0 {
+            return Err(ZoneError::Unaligned {
+                offset,
+                len,
+                granularity,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Checks everything but the limits and counts the zones.
+fn check_sizes(spec: &GeometrySpec) -> Result<u32, GeometryError> {
+    let &GeometrySpec {
+        size,
+        zone_size,
+        zone_capacity: capacity,
+        block_size,
+        ..
+    } = spec;
+    if !block_size.is_power_of_two() || !(512..=65536).contains(&block_size) {
+        return Err(GeometryError::BlockSize(block_size));
+    }
+    let block = u64::from(block_size);
+    if size == 0 {
+        return Err(GeometryError::SizeZero);
+    }
+    if !size.is_multiple_of(block) {
+        return Err(GeometryError::SizeUnaligned { size, block_size });
+    }
+    if zone_size == 0 {
+        return Err(GeometryError::ZoneSizeZero);
+    }
+    if !zone_size.is_multiple_of(512) {
+        return Err(GeometryError::ZoneSizeSectors(zone_size));
+    }
+    if !zone_size.is_multiple_of(block) {
+        return Err(GeometryError::ZoneSizeUnaligned {
+            zone_size,
+            block_size,
+        });
+    }
+    if zone_size > size {
+        return Err(GeometryError::ZoneSizeTooBig { zone_size, size });
+    }
+    if capacity == 0 {
+        return Err(GeometryError::CapacityZero);
+    }
+    if capacity > zone_size {
+        return Err(GeometryError::CapacityTooBig { capacity, zone_size });
+    }
+    if !capacity.is_multiple_of(block) {
+        return Err(GeometryError::CapacityUnaligned { capacity, block_size });
+    }
+    let zones = size.div_ceil(zone_size);
+    match u32::try_from(zones) {
+        Ok(zones) if zones <= MAX_ZONES => Ok(zones),
+        _ => Err(GeometryError::TooManyZones {
+            zones,
+            max: MAX_ZONES,
+            zone_size,
+        }),
+    }
+}
+
+fn check_limits(spec: &GeometrySpec, zones: u32) -> Result<(), GeometryError> {
+    let &GeometrySpec {
+        nr_conventional: conventional,
+        max_open,
+        max_active,
+        max_append,
+        block_size,
+        ..
+    } = spec;
+    if conventional >= zones {
+        return Err(GeometryError::TooManyConventional { conventional, zones });
+    }
+    if max_active != 0 && max_open > max_active {
+        return Err(GeometryError::OpenAboveActive { max_open, max_active });
+    }
+    if max_append != 0 && max_append < u64::from(block_size) {
+        return Err(GeometryError::AppendTooSmall {
+            max_append,
+            block_size,
+        });
+    }
+    Ok(())
+}
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    use super::*;
+
+    const SPEC: GeometrySpec = GeometrySpec {
+        model: Model::HostManaged,
+        size: 768 << 20,
+        zone_size: 64 << 20,
+        zone_capacity: 48 << 20,
+        nr_conventional: 2,
+        block_size: 4096,
+        max_open: 6,
+        max_active: 8,
+        max_append: 1 << 20,
+    };
+
+    fn refused(spec: GeometrySpec) -> String {
+        Geometry::new(spec).expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn a_usual_device() {
+        let g = Geometry::new(SPEC).expect("valid");
+        assert_eq!(
+            (g.nr_zones(), g.max_open(), g.max_active(), g.max_append()),
+            (12, 6, 8, 1 << 20)
+        );
+        assert_eq!(g.zone_type(ZoneNo(1)), ZoneType::Conventional);
+        assert_eq!(g.zone_type(ZoneNo(2)), ZoneType::SequentialRequired);
+        assert_eq!(
+            (g.capacity(ZoneNo(1)), g.capacity(ZoneNo(2))),
+            (64 << 20, 48 << 20)
+        );
+        assert_eq!(g.zone_at(128 << 20), Ok(ZoneNo(2)));
+        assert_eq!(g.zone_at(1), Err(ZoneError::NotZoneStart { offset: 1 }));
+        assert!(matches!(g.zone_at(768 << 20), Err(ZoneError::OutOfRange { .. })));
+        assert_eq!(g.zone_of(u64::MAX), ZoneNo(u32::MAX));
+    }
+
+    #[test]
+    fn zone_sizes_that_are_not_a_power_of_two_and_a_short_last_zone() {
+        let g = Geometry::new(GeometrySpec {
+            size: 250 * 4096,
+            zone_size: 96 * 4096,
+            zone_capacity: 90 * 4096,
+            nr_conventional: 0,
+            ..SPEC
+        })
+        .expect("valid");
+        assert_eq!(g.nr_zones(), 3);
+        for zone in g.zones() {
+            assert_eq!(g.zone_of(g.start(zone)), zone);
+            assert_eq!(g.zone_of(g.end(zone) - 1), zone);
+        }
+        assert_eq!((g.len(ZoneNo(2)), g.capacity(ZoneNo(2))), (58 * 4096, 58 * 4096));
+        assert_eq!(g.capacity(ZoneNo(1)), 90 * 4096);
+    }
+
+    #[test]
+    fn limits_that_cannot_be_met_are_no_limits() {
+        let g = Geometry::new(GeometrySpec {
+            max_open: 9,
+            max_active: 10,
+            ..SPEC
+        })
+        .expect("valid");
+        assert_eq!((g.max_open(), g.max_active()), (9, 0));
+        let g = Geometry::new(GeometrySpec {
+            max_open: 4_000_000_000,
+            max_active: 0,
+            ..SPEC
+        })
+        .expect("valid");
+        assert_eq!((g.max_open(), g.max_active()), (0, 0));
+        let g = Geometry::new(GeometrySpec {
+            max_append: u64::MAX,
+            ..SPEC
+        })
+        .expect("valid");
+        assert_eq!(g.max_append(), 48 << 20);
+        assert_eq!(
+            Geometry::new(GeometrySpec {
+                max_append: 0,
+                ..SPEC
+            })
+            .expect("valid")
+            .max_append(),
+            0
+        );
+    }
+
+    #[test]
+    fn each_impossible_figure_has_its_message() {
+        let cases = [
+            (
+                GeometrySpec {
+                    block_size: 0,
+                    ..SPEC
+                },
+                "block size 0 is not",
+            ),
+            (
+                GeometrySpec {
+                    block_size: 3000,
+                    ..SPEC
+                },
+                "block size 3000 is not",
+            ),
+            (GeometrySpec { size: 0, ..SPEC }, "device size must not be 0"),
+            (
+                GeometrySpec {
+                    size: (1 << 30) + 512,
+                    ..SPEC
+                },
+                "; 1073741824 would be",
+            ),
+            (GeometrySpec { zone_size: 0, ..SPEC }, "zone size must not be 0"),
+            (
+                GeometrySpec {
+                    zone_size: 1000,
+                    ..SPEC
+                },
+                "zone size 1000 is not a multiple of 512",
+            ),
+            (
+                GeometrySpec {
+                    zone_size: 1024,
+                    ..SPEC
+                },
+                "not a multiple of the block size 4096",
+            ),
+            (
+                GeometrySpec {
+                    zone_size: 1 << 40,
+                    ..SPEC
+                },
+                "bigger than the device",
+            ),
+            (
+                GeometrySpec {
+                    zone_capacity: 0,
+                    ..SPEC
+                },
+                "zone capacity must not be 0",
+            ),
+            (
+                GeometrySpec {
+                    zone_capacity: 65 << 20,
+                    ..SPEC
+                },
+                "bigger than the zone size 67108864",
+            ),
+            (
+                GeometrySpec {
+                    zone_capacity: 5000,
+                    ..SPEC
+                },
+                "zone capacity 5000 is not a multiple",
+            ),
+            (
+                GeometrySpec {
+                    nr_conventional: 12,
+                    ..SPEC
+                },
+                "so at most 11 can be conventional",
+            ),
+            (
+                GeometrySpec {
+                    nr_conventional: u32::MAX,
+                    ..SPEC
+                },
+                "so at most 11 can be conventional",
+            ),
+            (GeometrySpec { max_open: 9, ..SPEC }, "max open must be at most 8"),
+            (
+                GeometrySpec {
+                    max_append: 512,
+                    ..SPEC
+                },
+                "less than the block size 4096",
+            ),
+            (
+                GeometrySpec {
+                    size: 1 << 50,
+                    zone_size: 4096,
+                    zone_capacity: 4096,
+                    ..SPEC
+                },
+                "choose a zone size of at least 67108864",
+            ),
+            (
+                GeometrySpec {
+                    size: u64::MAX - 511,
+                    zone_size: 512,
+                    zone_capacity: 512,
+                    block_size: 512,
+                    ..SPEC
+                },
+                "are too many",
+            ),
+        ];
+        for (spec, message) in cases {
+            let said = refused(spec);
+            assert!(said.contains(message), "{said:?} does not say {message:?}");
+        }
+        Geometry::new(SPEC).expect("not everything is refused");
+    }
+}
