@@ -143,6 +143,10 @@ impl Channel {
         })
     }
 
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     /// How long to wait for the other side.
     pub fn patience(&self) -> Duration {
         self.patience

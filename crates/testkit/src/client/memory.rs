@@ -43,8 +43,12 @@ impl Region {
     fn new(spec: RegionSpec) -> io::Result<Self> {
         let fd = memfd_create("zbdkit-client", MemfdFlags::CLOEXEC)?;
         ftruncate(&fd, spec.len as u64)?;
-        // SAFETY: a new shared mapping at an address of the kernel's choice, of a file that is long
-        // enough and that this process never shortens.
+        Self::map(fd, spec)
+    }
+
+    fn map(fd: OwnedFd, spec: RegionSpec) -> io::Result<Self> {
+        // SAFETY: a new shared mapping at an address of the kernel's choice. It stays as long as the
+        // region does; a file that is too short or shortened later gives SIGBUS, not wrong memory.
         let base = unsafe {
             mmap(
                 std::ptr::null_mut(),
@@ -114,6 +118,19 @@ impl SharedMemory {
         let regions = specs
             .iter()
             .map(|&spec| Region::new(spec))
+            .collect::<io::Result<_>>()?;
+        Ok(Arc::new(SharedMemory { regions }))
+    }
+
+    /// Maps memory of the other side: each region's file, from its start. The caller trusts it to be
+    /// as long as it says.
+    ///
+    /// # Errors
+    /// What mmap says.
+    pub(super) fn of_others(files: Vec<(OwnedFd, RegionSpec)>) -> io::Result<Arc<Self>> {
+        let regions = files
+            .into_iter()
+            .map(|(fd, spec)| Region::map(fd, spec))
             .collect::<io::Result<_>>()?;
         Ok(Arc::new(SharedMemory { regions }))
     }

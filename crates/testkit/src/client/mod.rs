@@ -15,6 +15,7 @@ pub mod channel;
 pub mod config;
 mod error;
 mod foreign;
+pub mod loopback;
 pub mod memory;
 pub mod peer;
 mod queue;

@@ -52,6 +52,11 @@ impl QemuStorageDaemon {
         })
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Its socket.
     pub fn socket(&self) -> &Path {
         &self.socket
