@@ -52,7 +52,8 @@ impl Accounting {
             max_active,
             counts: Mutex::new(counts),
             stamps: (0..stamps).map(|_| AtomicU64::new(0)).collect(),
-            clock: AtomicU64::new(0),
+            // Ahead of every stamp: a zone that was never used is not the most recent one.
+            clock: AtomicU64::new(1),
         }
     }
 

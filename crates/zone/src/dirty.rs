@@ -31,6 +31,11 @@ impl Dirty {
         }
     }
 
+    /// Clears one zone's mark.
+    pub(crate) fn clear(&self, zone: ZoneNo) {
+        self.zones[(zone.0 / 64) as usize].fetch_and(!(1 << (zone.0 % 64)), Ordering::AcqRel);
+    }
+
     /// Clears each mark, in ascending order, and names its zone.
     pub(crate) fn take(&self, mut sink: impl FnMut(ZoneNo)) {
         for (i, summary) in self.summary.iter().enumerate() {

@@ -60,4 +60,10 @@ impl Engine {
     pub fn take_dirty(&self, sink: &mut dyn FnMut(ZoneNo, ZoneRecord)) {
         self.dirty.take(|zone| sink(zone, self.record(zone)));
     }
+
+    /// Forgets that the zone's record changed. For whoever stores [`Engine::record_after`] of a drained zone:
+    /// the record from before the commit must not be stored after it.
+    pub fn clear_dirty(&self, zone: ZoneNo) {
+        self.dirty.clear(zone);
+    }
 }

@@ -139,7 +139,7 @@ pub struct ZoneRecord {
     pub finished: bool,
     /// The operator made it read-only.
     pub read_only: bool,
-    /// The operator took it offline. Stronger than `read_only`.
+    /// The operator took it offline. Stronger than `read_only`, which is forgotten where both are set.
     pub offline: bool,
     /// Its counters.
     pub counters: Counters,
