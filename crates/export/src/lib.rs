@@ -1,1 +1,5 @@
-//! export
+//! Doors: each module attaches a block device to one kind of client.
+
+mod log_limit;
+pub mod vhost_user;
+mod virtio;

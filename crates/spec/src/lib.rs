@@ -1,1 +1,5 @@
 //! Wire and on-disk types.
+#![no_std]
+#![forbid(unsafe_code)]
+
+pub mod virtio_blk;
