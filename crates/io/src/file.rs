@@ -3,9 +3,11 @@
 //! # Files on tmpfs
 //!
 //! tmpfs is memory: a read or a write there is a copy that waits for nothing, and its sync does nothing. io_uring
-//! gains nothing for it, and sends some of these operations to kernel worker threads, which costs far more than the
-//! copy. So for a regular file on tmpfs (asked once, of `fstatfs`), reads, writes and syncs are made in place with
-//! the plain system calls. Only memory that was swapped out could make one wait.
+//! sends both to kernel worker threads, since tmpfs does not offer transfers that never wait. On Linux 6.18 with two
+//! processors, one thread made 92,000 random 4 KiB reads a second at depth 1 and 356,000 at depth 32 that way, and
+//! 910,000 and 1,030,000 with plain system calls, within a tenth of what a bare loop of them does. So for a regular
+//! file on tmpfs (asked once, of `fstatfs`), reads, writes and syncs are made in place, on the thread that asks for
+//! them, on both backends. Only memory that was swapped out could make one wait.
 
 use std::fmt;
 use std::future::Future;
@@ -16,7 +18,7 @@ use std::sync::Arc;
 
 use crate::buf::IoBuf;
 use crate::inplace;
-use crate::runtime::{Kind, Operation, Request};
+use crate::runtime::{Kind, Operation, Request, yield_now};
 use crate::sys;
 
 /// A future that stays on its thread.
@@ -178,6 +180,7 @@ impl File {
             let n = (end - offset).min(ZEROS);
             self.write(zeros.slice(0..n as usize), offset).await?;
             offset += n;
+            yield_now().await;
         }
         Ok(())
     }

@@ -29,12 +29,21 @@ pub(crate) fn transfer(request: Request) -> io::Result<()> {
 
 fn step(request: &Request, done: usize) -> i32 {
     let Some(buf) = &request.buf else { return 0 };
+    let offset = request.offset + done as u64;
+    if let Some(piece) = buf.single_from(done) {
+        let (memory, len) = (piece.as_ptr(), piece.len().min(MAX_RW));
+        return match request.kind {
+            // SAFETY: the piece belongs to `buf`, which is alive throughout the call.
+            Kind::Read => unsafe { sys::pread(request.fd, memory, len, offset) },
+            // SAFETY: likewise.
+            _ => unsafe { sys::pwrite(request.fd, memory, len, offset) },
+        };
+    }
     let mut vectors = [libc::iovec {
         iov_base: std::ptr::null_mut(),
         iov_len: 0,
     }; BATCH];
     let count = fill(buf, done, &mut vectors);
-    let offset = request.offset + done as u64;
     match request.kind {
         // SAFETY: the vectors are pieces of `buf`, which is alive throughout the call.
         Kind::Read => unsafe { sys::preadv(request.fd, &vectors[..count], offset) },

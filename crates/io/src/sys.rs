@@ -39,6 +39,24 @@ pub(crate) unsafe fn pwritev(fd: RawFd, iov: &[libc::iovec], offset: u64) -> i32
     result(unsafe { libc::pwritev2(fd, iov.as_ptr(), count, offset as libc::off_t, 0) })
 }
 
+/// Reads into one piece of memory; the number of bytes, or a negative errno.
+///
+/// # Safety
+/// `memory` must be valid for writes of `len` bytes.
+pub(crate) unsafe fn pread(fd: RawFd, memory: *mut u8, len: usize, offset: u64) -> i32 {
+    // SAFETY: the caller vouches for the memory.
+    result(unsafe { libc::pread64(fd, memory.cast(), len, offset as libc::off64_t) })
+}
+
+/// Writes from one piece of memory; the number of bytes, or a negative errno.
+///
+/// # Safety
+/// `memory` must be valid for reads of `len` bytes.
+pub(crate) unsafe fn pwrite(fd: RawFd, memory: *const u8, len: usize, offset: u64) -> i32 {
+    // SAFETY: the caller vouches for the memory.
+    result(unsafe { libc::pwrite64(fd, memory.cast(), len, offset as libc::off64_t) })
+}
+
 pub(crate) fn fsync(fd: RawFd, data_only: bool) -> i32 {
     // SAFETY: takes no pointers; a stale descriptor gives EBADF.
     let done = unsafe {

@@ -309,6 +309,8 @@ impl Inner {
 
     /// Nothing is ready: watches for a while, then sleeps.
     fn idle(&self) {
+        // Transfers that came back short are queued again.
+        self.reactor.borrow_mut().submit();
         let next_timer = self.timers.borrow().next();
         let in_flight = self.reactor.borrow().in_flight();
         let watch = || self.has_news() || self.reactor.borrow_mut().has_completions();

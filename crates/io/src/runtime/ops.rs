@@ -281,6 +281,10 @@ impl Reactor {
 
     /// The future of an operation is gone. The operation goes on; `file` keeps its descriptor open until it ends.
     pub(crate) fn abandon(&mut self, index: u32, file: Option<File>) -> Option<Waker> {
+        if self.slab.chunks.is_empty() {
+            // Leaked at the end of the runtime.
+            return None;
+        }
         let slot = self.slab.get(index);
         if matches!(slot.state, State::Done(_)) {
             return self.slab.give_back(index).0;
@@ -392,4 +396,71 @@ pub(crate) fn advance(done: &mut usize, request: &Request, result: i32) -> Optio
     }
     *done -= ragged;
     if moved <= ragged { Some(-libc::EIO) } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(kind: Kind, len: u64, align: u32) -> (Request, IoBuf) {
+        let buf = IoBuf::from_vec(vec![0xff; len as usize]);
+        (
+            Request {
+                kind,
+                fd: -1,
+                offset: 0,
+                len,
+                align,
+                buf: Some(buf.clone()),
+            },
+            buf,
+        )
+    }
+
+    #[test]
+    fn short_transfers_go_on_until_everything_is_moved() {
+        for kind in [Kind::Read, Kind::Write] {
+            let (request, _) = request(kind, 100, 1);
+            let mut done = 0;
+            assert_eq!(advance(&mut done, &request, 60), None);
+            assert_eq!(advance(&mut done, &request, 39), None);
+            assert_eq!((advance(&mut done, &request, 1), done), (Some(0), 100));
+        }
+    }
+
+    #[test]
+    fn the_end_of_the_file_reads_as_zeros() {
+        let (request, buf) = request(Kind::Read, 8, 1);
+        let mut done = 0;
+        assert_eq!(advance(&mut done, &request, 3), None);
+        assert_eq!(advance(&mut done, &request, 0), Some(0));
+        assert_eq!(buf.to_vec(), [0xff, 0xff, 0xff, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_write_that_makes_no_progress_is_an_error() {
+        let (request, _) = request(Kind::Write, 8, 1);
+        let mut done = 5;
+        assert_eq!(advance(&mut done, &request, 0), Some(-libc::EIO));
+        assert_eq!(advance(&mut done, &request, -libc::ENOSPC), Some(-libc::ENOSPC));
+    }
+
+    #[test]
+    fn direct_io_continues_at_block_boundaries_only() {
+        let (read, buf) = request(Kind::Read, 2048, 512);
+        let mut done = 0;
+        assert_eq!(advance(&mut done, &read, 1024), None);
+        assert_eq!(
+            advance(&mut done, &read, 100),
+            Some(0),
+            "a ragged read is the end of the file"
+        );
+        assert!(buf.to_vec()[1124..].iter().all(|b| *b == 0));
+
+        let (write, _) = request(Kind::Write, 2048, 512);
+        let mut done = 0;
+        assert_eq!(advance(&mut done, &write, 700), None);
+        assert_eq!(done, 512, "the torn block is written again");
+        assert_eq!(advance(&mut done, &write, 100), Some(-libc::EIO));
+    }
 }
