@@ -1,1 +1,32 @@
-//! block
+//! The block graph: protocol nodes at the leaves, formats above, filters between, a [`Device`] at the root.
+//!
+//! A node publishes its limits, and they travel up unchanged unless a node says otherwise. Requests go down:
+//! the device checks range and alignment once, `zoned` asks the engine, formats map, leaves do the I/O. Where a
+//! node is but an offset into a file ([`Node::resolve`]) a request becomes one operation on that file.
+
+mod create;
+mod device;
+mod error;
+mod file;
+mod graph;
+mod host;
+mod limits;
+mod lock;
+mod node;
+mod ofd;
+mod raw;
+mod zoned;
+
+pub use create::{
+    CreateError, CreateOptions, Created, DEFAULT_BLOCK_SIZE, DEFAULT_ZONE_SIZE, create, default_append,
+};
+pub use device::Device;
+pub use error::{Error, OpenError, errno_of};
+pub use file::FileNode;
+pub use graph::{Graph, OpenOptions, format_size, parse_size, run_state_of};
+pub use host::{FileId, FileOptions, Host, HostError, OsHost};
+pub use limits::Limits;
+pub use lock::{Conflict, LockMode};
+pub use node::{CrossZone, Lane, Node, Request, ZoneOp};
+pub use raw::RawNode;
+pub use zoned::{RunStateMode, ZonedNode, ZonedOptions, create_sidecar, default_sidecar};

@@ -1,5 +1,8 @@
-//! Wire and on-disk types.
+//! Wire and on-disk types, and nothing else: no I/O, no policy, no unsafe code. Names and sections are the
+//! specifications' own.
+
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod sidecar;
 pub mod virtio_blk;

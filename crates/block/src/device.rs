@@ -1,0 +1,214 @@
+//! The handle to the root of an opened graph: what doors and tools hold.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use zbdkit_io::IoBuf;
+use zbdkit_zone::{Engine, Filter, ZoneInfo};
+
+use crate::error::Error;
+use crate::limits::Limits;
+use crate::node::{CrossZone, Lane, Node, ZoneOp};
+use crate::zoned::ZonedNode;
+
+/// An opened image. A cheap handle: clones share the graph. Every request is checked here against the root's
+/// limits, so that nodes need not.
+#[derive(Clone)]
+pub struct Device {
+    root: Root,
+    notices: Arc<[String]>,
+}
+
+/// The root, with its type known where the hot path gains by it.
+#[derive(Clone)]
+enum Root {
+    Zoned(Arc<ZonedNode>),
+    Other(Arc<dyn Node>),
+}
+
+impl Device {
+    /// The handle to a graph whose root gives zones to the rest.
+    pub fn zoned(root: ZonedNode, notices: Vec<String>) -> Device {
+        Device {
+            root: Root::Zoned(Arc::new(root)),
+            notices: notices.into(),
+        }
+    }
+
+    /// The handle to any other graph.
+    pub fn new(root: Arc<dyn Node>) -> Device {
+        Device {
+            root: Root::Other(root),
+            notices: Arc::default(),
+        }
+    }
+
+    fn node(&self) -> &dyn Node {
+        match &self.root {
+            Root::Zoned(node) => &**node,
+            Root::Other(node) => &**node,
+        }
+    }
+
+    /// The limits of the image.
+    pub fn limits(&self) -> &Limits {
+        self.node().limits()
+    }
+
+    /// The driver at the root.
+    pub fn driver(&self) -> &'static str {
+        self.node().driver()
+    }
+
+    /// What the opening found that the user should know: repaired damage, writes that may be lost.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
+    }
+
+    /// The zones, where they are kept by this process.
+    pub fn engine(&self) -> Option<&Engine> {
+        match &self.root {
+            Root::Zoned(node) => Some(node.engine()),
+            Root::Other(_) => None,
+        }
+    }
+
+    /// A lane for one queue: at most `depth` writes in flight.
+    pub fn lane(&self, depth: u32) -> Lane {
+        Lane::new(self.engine(), depth)
+    }
+
+    /// Reads into all of `buf`.
+    pub async fn read(&self, lane: &Lane, buf: IoBuf, offset: u64, cross: CrossZone) -> Result<(), Error> {
+        self.check(offset, buf.len() as u64)?;
+        match &self.root {
+            _ if buf.is_empty() => Ok(()),
+            Root::Zoned(node) => node.read(lane, buf, offset, cross).await,
+            Root::Other(node) => match node.resolve(offset, buf.len() as u64) {
+                Some((file, at)) => file.read(buf, at).await.map_err(|e| Error::io("read", &e)),
+                None => node.read(lane, buf, offset, cross).await,
+            },
+        }
+    }
+
+    /// Writes all of `buf`.
+    pub async fn write(&self, lane: &Lane, buf: IoBuf, offset: u64) -> Result<(), Error> {
+        self.check_change(offset, buf.len() as u64)?;
+        match &self.root {
+            _ if buf.is_empty() => Ok(()),
+            Root::Zoned(node) => node.write(lane, buf, offset).await,
+            Root::Other(node) => match node.resolve(offset, buf.len() as u64) {
+                Some((file, at)) => file.write(buf, at).await.map_err(|e| Error::io("write", &e)),
+                None => node.write(lane, buf, offset).await,
+            },
+        }
+    }
+
+    /// Appends `buf` to the zone that starts at `zone_start`; the answer is the byte offset that it got.
+    pub async fn append(&self, lane: &Lane, buf: IoBuf, zone_start: u64) -> Result<u64, Error> {
+        self.check_writable()?;
+        match &self.root {
+            Root::Zoned(node) => node.append(lane, buf, zone_start).await,
+            Root::Other(node) => node.append(lane, buf, zone_start).await,
+        }
+    }
+
+    /// Makes everything durable that was acknowledged before the call, on any lane.
+    pub async fn flush(&self, _lane: &Lane) -> Result<(), Error> {
+        self.node().flush().await
+    }
+
+    /// The range's contents are not needed any more; a hint.
+    pub async fn discard(&self, lane: &Lane, offset: u64, len: u64) -> Result<(), Error> {
+        self.check_change(offset, len)?;
+        if len == 0 {
+            Ok(())
+        } else {
+            self.node().discard(lane, offset, len).await
+        }
+    }
+
+    /// Makes the range read as zeros; in a sequential zone this is a write.
+    pub async fn write_zeroes(&self, lane: &Lane, offset: u64, len: u64, unmap: bool) -> Result<(), Error> {
+        self.check_change(offset, len)?;
+        if len == 0 {
+            Ok(())
+        } else {
+            self.node().write_zeroes(lane, offset, len, unmap).await
+        }
+    }
+
+    /// One operation on the zone that starts at `zone_start`. Durable once acknowledged, but for open and close.
+    pub async fn zone_op(&self, _lane: &Lane, op: ZoneOp, zone_start: u64) -> Result<(), Error> {
+        self.check_writable()?;
+        self.node().zone_op(op, zone_start).await
+    }
+
+    /// Resets every sequential zone that is neither read-only nor offline, as one operation.
+    pub async fn reset_all(&self, _lane: &Lane) -> Result<(), Error> {
+        self.check_writable()?;
+        self.node().reset_all().await
+    }
+
+    /// At most `max` zones that the filter shows, from the one that holds byte `from`.
+    pub async fn report(&self, from: u64, filter: Filter, max: usize) -> Result<Vec<ZoneInfo>, Error> {
+        let mut zones = Vec::new();
+        self.report_to(from, filter, &mut |zone| {
+            if zones.len() == max {
+                return ControlFlow::Break(());
+            }
+            zones.push(zone);
+            ControlFlow::Continue(())
+        })
+        .await?;
+        Ok(zones)
+    }
+
+    /// As [`Device::report`], zone by zone into a sink, until that breaks.
+    pub async fn report_to(
+        &self,
+        from: u64,
+        filter: Filter,
+        sink: &mut dyn FnMut(ZoneInfo) -> ControlFlow<()>,
+    ) -> Result<(), Error> {
+        self.node().report(from, filter, sink).await
+    }
+
+    /// Closes cleanly. No request may be in flight; requests through other clones fail from now on or are lost.
+    pub async fn close(self) -> Result<(), Error> {
+        self.node().close().await
+    }
+
+    fn check(&self, offset: u64, len: u64) -> Result<(), Error> {
+        let limits = self.limits();
+        if offset.checked_add(len).is_none_or(|end| end > limits.size) {
+            return Err(Error::OutOfRange {
+                offset,
+                len,
+                size: limits.size,
+            });
+        }
+        let block_size = limits.block_size;
+        if !(offset | len).is_multiple_of(block_size.into()) {
+            return Err(Error::Unaligned {
+                offset,
+                len,
+                block_size,
+            });
+        }
+        Ok(())
+    }
+
+    fn check_change(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.check_writable()?;
+        self.check(offset, len)
+    }
+
+    fn check_writable(&self) -> Result<(), Error> {
+        if self.limits().read_only {
+            Err(Error::ReadOnly)
+        } else {
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! What can go wrong with a request, with an opening and with a creation.
+
+use std::io;
+use std::path::PathBuf;
+
+use rustix::io::Errno;
+use zbdkit_zone::{GeometryError, ZoneError};
+
+/// Why a request failed. Doors map it to their protocol's status in one exhaustive match.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A rule of zones forbids the request.
+    #[error(transparent)]
+    Zone(#[from] ZoneError),
+    /// The storage below failed.
+    #[error("{op} failed: {}", io::Error::from_raw_os_error(*errno))]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// The errno it failed with.
+        errno: i32,
+    },
+    /// A write-back or a sync failed earlier: nothing is promised or changed until the image is reopened.
+    #[error(
+        "an earlier write-back failed ({}): the image takes no changes until it is reopened",
+        io::Error::from_raw_os_error(*errno)
+    )]
+    Epoch {
+        /// The errno of that first failure.
+        errno: i32,
+    },
+    /// The image has no such operation.
+    #[error("{0} is not supported by this image")]
+    NotSupported(&'static str),
+    /// The image was opened read-only.
+    #[error("the image is open read-only")]
+    ReadOnly,
+    /// The request reaches past the end of the device.
+    #[error("{len} bytes at {offset} reach past the end of the device ({size} bytes)")]
+    OutOfRange {
+        /// First byte of the request.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Bytes of the device.
+        size: u64,
+    },
+    /// Offset or length is not a multiple of the logical block size.
+    #[error("{len} bytes at {offset} are not a multiple of the logical block size ({block_size} bytes)")]
+    Unaligned {
+        /// First byte of the request.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Logical block size, bytes.
+        block_size: u32,
+    },
+}
+
+impl Error {
+    /// The error of a failed system call below.
+    pub fn io(op: &'static str, error: &io::Error) -> Error {
+        Error::Io {
+            op,
+            errno: errno_of(error),
+        }
+    }
+
+    /// The errno a Unix tool would see, as Linux maps zoned errors.
+    pub fn errno(&self) -> i32 {
+        let errno = match self {
+            Error::Io { errno, .. } | Error::Epoch { errno } => return *errno,
+            Error::Zone(zone) => zone_errno(zone),
+            Error::NotSupported(_) => Errno::OPNOTSUPP,
+            Error::ReadOnly => Errno::ROFS,
+            Error::OutOfRange { .. } => Errno::IO,
+            Error::Unaligned { .. } => Errno::INVAL,
+        };
+        errno.raw_os_error()
+    }
+}
+
+/// As the Linux block layer and QEMU report them (reference: qemu-zoned.md 1.7, 2.4).
+fn zone_errno(error: &ZoneError) -> Errno {
+    match error {
+        ZoneError::TooManyOpen { .. } => Errno::TOOMANYREFS,
+        ZoneError::TooManyActive { .. } => Errno::OVERFLOW,
+        ZoneError::Unaligned { .. }
+        | ZoneError::NotZoneStart { .. }
+        | ZoneError::AppendTooLarge { .. }
+        | ZoneError::InvalidTransition { .. } => Errno::INVAL,
+        ZoneError::AppendUnsupported => Errno::OPNOTSUPP,
+        _ => Errno::IO,
+    }
+}
+
+/// The errno of an [`io::Error`], EIO where it carries none.
+pub fn errno_of(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(match error.kind() {
+        io::ErrorKind::InvalidInput => Errno::INVAL.raw_os_error(),
+        _ => Errno::IO.raw_os_error(),
+    })
+}
+
+/// Why an image could not be opened. The message says what, where and what would be right.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A file could not be opened or read.
+    #[error("{path}: {doing}: {source}", path = path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        doing: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Somebody else has the image.
+    #[error(
+        "{path}: failed to get \"{lock}\" lock: another process is using the image{holder}",
+        path = path.display()
+    )]
+    Locked {
+        /// The file.
+        path: PathBuf,
+        /// The permission that clashes, in QEMU's words.
+        lock: &'static str,
+        /// Who, where it is known.
+        holder: String,
+    },
+    /// The graph's description is wrong.
+    #[error("{0}")]
+    Graph(String),
+    /// The geometry does not fit together.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// The sidecar is missing, damaged, or of another image.
+    #[error("{path}: {problem}", path = path.display())]
+    Sidecar {
+        /// The sidecar.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// The data file does not fit its sidecar.
+    #[error("{path}: {problem}", path = path.display())]
+    Data {
+        /// The data file.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// A request of the opening itself failed.
+    #[error(transparent)]
+    Request(#[from] Error),
+}
+
+impl OpenError {
+    pub(crate) fn file(path: impl Into<PathBuf>, doing: &'static str, source: io::Error) -> OpenError {
+        OpenError::File {
+            path: path.into(),
+            doing,
+            source,
+        }
+    }
+}

@@ -1,0 +1,369 @@
+//! Graphs as users write them: QEMU's dotted options, JSON, or a path; and opening them.
+
+mod options;
+mod size;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use zbdkit_io::IoBuf;
+use zbdkit_spec::sidecar;
+use zbdkit_zone::{Geometry, GeometrySpec, Model};
+
+use crate::device::Device;
+use crate::error::OpenError;
+use crate::file::FileNode;
+use crate::host::{FileOptions, Host};
+use crate::lock::LockMode;
+use crate::node::Node;
+use crate::raw::RawNode;
+use crate::zoned::{RunStateMode, ZonedNode, ZonedOptions, default_sidecar, host_error};
+use options::Options;
+pub use size::{format_size, parse_size};
+
+/// How a graph is opened; options in the graph's own description win where there are both.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Open for reading only.
+    pub read_only: bool,
+    /// Take no locks: look at an image that somebody else writes.
+    pub force_share: bool,
+    /// Bypass the page cache (as `cache.direct=on`).
+    pub direct: bool,
+    /// What outlives kill -9.
+    pub run_state: RunStateMode,
+    /// How long to wait for somebody else's locks.
+    pub lock_wait: Duration,
+}
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        OpenOptions {
+            read_only: false,
+            force_share: false,
+            direct: false,
+            run_state: RunStateMode::default(),
+            lock_wait: Duration::from_secs(3),
+        }
+    }
+}
+
+/// A described graph, not opened yet.
+#[derive(Clone, Debug)]
+pub struct Graph {
+    root: Description,
+}
+
+#[derive(Clone, Debug)]
+enum Description {
+    Tree(Options),
+    /// A path, whose format is looked for at opening.
+    Path(PathBuf),
+}
+
+impl Graph {
+    /// Reads what a user names an image by: `json:{...}` or `{...}`, options that begin with `driver=`, or a path.
+    pub fn parse(text: &str) -> Result<Graph, OpenError> {
+        if let Some(json) = text.strip_prefix("json:") {
+            Graph::parse_json(json)
+        } else if text.starts_with('{') {
+            Graph::parse_json(text)
+        } else if text.starts_with("driver=") {
+            Graph::parse_options(text)
+        } else {
+            Ok(Graph::from_path(text))
+        }
+    }
+
+    /// Reads `driver=zoned,file.driver=file,file.filename=disk.raw`; a comma in a value is written twice.
+    pub fn parse_options(text: &str) -> Result<Graph, OpenError> {
+        Ok(Graph {
+            root: Description::Tree(Options::parse(text)?),
+        })
+    }
+
+    /// Reads the same tree as a JSON object.
+    pub fn parse_json(text: &str) -> Result<Graph, OpenError> {
+        Ok(Graph {
+            root: Description::Tree(Options::parse_json(text)?),
+        })
+    }
+
+    /// The image at a path.
+    pub fn from_path(path: impl Into<PathBuf>) -> Graph {
+        Graph {
+            root: Description::Path(path.into()),
+        }
+    }
+
+    /// Opens the graph's nodes, leaves first.
+    pub async fn open(&self, host: &Arc<dyn Host>, options: &OpenOptions) -> Result<Device, OpenError> {
+        let opener = Opener { host, options };
+        match &self.root {
+            Description::Path(path) => opener.open_path(path).await,
+            Description::Tree(tree) => opener.open_tree(tree.clone()).await,
+        }
+    }
+}
+
+struct Opener<'a> {
+    host: &'a Arc<dyn Host>,
+    options: &'a OpenOptions,
+}
+
+const DRIVERS: [&str; 4] = ["file", "memory", "raw", "zoned"];
+
+impl Opener<'_> {
+    async fn open_path(&self, path: &Path) -> Result<Device, OpenError> {
+        let sidecar = default_sidecar(path);
+        let has_sidecar = |path: &Path| {
+            self.host
+                .exists(path)
+                .map_err(|e| OpenError::file(path, "cannot be looked for", e))
+        };
+        let node = self.open_file(path, self.options.direct, self.options.read_only, None)?;
+        if !has_sidecar(&sidecar)? {
+            return Err(self.no_zones(path, &sidecar, &node).await);
+        }
+        let child = Arc::new(RawNode::new(Arc::new(node), 0, None)?);
+        self.open_zoned(
+            child,
+            sidecar,
+            self.options.run_state.clone(),
+            self.options.direct,
+            self.options.read_only,
+        )
+        .await
+    }
+
+    /// Why a file without a sidecar is not opened by its name alone.
+    async fn no_zones(&self, path: &Path, sidecar: &Path, node: &FileNode) -> OpenError {
+        let problem = match self.magic(node).await {
+            sidecar::MAGIC => "is a zone table; name the image that it belongs to".to_owned(),
+            [b'Q', b'F', b'I', 0xfb, ..] => {
+                "is a qcow2 image, which this version does not open yet".to_owned()
+            }
+            _ if self.host.image_id(node.file()).is_some() => format!(
+                "its zone table {} is missing: the image's zones cannot be known without it; bring it back, or name it \
+                 with driver=zoned,file.filename={},sidecar=FILE",
+                sidecar.display(),
+                path.display()
+            ),
+            _ => format!(
+                "has no zone table ({} does not exist); for a disk without zones say driver=raw,file.filename={}",
+                sidecar.display(),
+                path.display()
+            ),
+        };
+        OpenError::Data {
+            path: path.to_owned(),
+            problem,
+        }
+    }
+
+    async fn magic(&self, node: &FileNode) -> [u8; 8] {
+        let buf = IoBuf::alloc(sidecar::BLOCK);
+        let mut magic = [0; 8];
+        if node.file().read(buf.clone(), 0).await.is_ok() {
+            buf.slice(0..8).copy_to(&mut magic);
+        }
+        magic
+    }
+
+    async fn open_tree(&self, mut tree: Options) -> Result<Device, OpenError> {
+        if tree.string("driver")?.as_deref() == Some("zoned") {
+            return self.open_zoned_tree(tree).await;
+        }
+        let read_only = tree.bool("read-only")?.unwrap_or(self.options.read_only);
+        Ok(Device::new(self.open_node(tree, read_only)?))
+    }
+
+    async fn open_zoned_tree(&self, mut tree: Options) -> Result<Device, OpenError> {
+        tree.take("driver");
+        let read_only = tree.bool("read-only")?.unwrap_or(self.options.read_only);
+        let sidecar = tree.string("sidecar")?.map(PathBuf::from);
+        let run_state = match tree.string("run-state")? {
+            None => self.options.run_state.clone(),
+            Some(text) => run_state_of(&text),
+        };
+        let child = tree.child("file")?;
+        let filename = child.find_string("filename");
+        let direct = child
+            .find_string("cache.direct")
+            .map_or(self.options.direct, |text| text == "on" || text == "true");
+        let child = self.open_node(child, read_only)?;
+        match filename {
+            Some(filename) => {
+                tree.finish("zoned", &["driver", "file", "read-only", "sidecar", "run-state"])?;
+                let sidecar = sidecar.unwrap_or_else(|| default_sidecar(Path::new(&filename)));
+                self.open_zoned(child, sidecar, run_state, direct, read_only)
+                    .await
+            }
+            None => {
+                let geometry = geometry_of(&mut tree, child.limits().size)?;
+                tree.finish("zoned", &ZONE_OPTIONS)?;
+                Ok(Device::zoned(ZonedNode::volatile(child, geometry)?, Vec::new()))
+            }
+        }
+    }
+
+    async fn open_zoned(
+        &self,
+        child: Arc<dyn Node>,
+        sidecar: PathBuf,
+        run_state: RunStateMode,
+        direct: bool,
+        read_only: bool,
+    ) -> Result<Device, OpenError> {
+        let options = ZonedOptions {
+            sidecar,
+            run_state,
+            read_only,
+            direct,
+            force_share: self.options.force_share,
+            lock_wait: self.options.lock_wait,
+        };
+        let (node, notices) = ZonedNode::open(self.host, child, &options).await?;
+        notices.iter().for_each(|notice| tracing::warn!("{notice}"));
+        Ok(Device::zoned(node, notices))
+    }
+
+    fn open_node(&self, mut tree: Options, read_only: bool) -> Result<Arc<dyn Node>, OpenError> {
+        let read_only = tree.bool("read-only")?.unwrap_or(read_only);
+        let driver = match tree.string("driver")? {
+            Some(driver) => driver,
+            None if tree.has("filename") => "file".to_owned(),
+            None => return Err(OpenError::Graph(format!("{}driver is missing", tree.place()))),
+        };
+        match driver.as_str() {
+            "file" => {
+                let filename = tree.required("filename")?;
+                let direct = tree.bool("cache.direct")?.unwrap_or(self.options.direct);
+                let locking = tree.string("locking")?;
+                tree.finish(
+                    "file",
+                    &["driver", "filename", "cache.direct", "locking", "read-only"],
+                )?;
+                let node = self.open_file(Path::new(&filename), direct, read_only, locking.as_deref())?;
+                Ok(Arc::new(node))
+            }
+            "memory" => {
+                let size = tree
+                    .size("size")?
+                    .ok_or_else(|| OpenError::Graph("memory: size is missing, as in size=1G".into()))?;
+                tree.finish("memory", &["driver", "size", "read-only"])?;
+                let node = FileNode::memory(&**self.host, size);
+                Ok(Arc::new(
+                    node.map_err(|e| OpenError::file("memory", "cannot be made", e))?,
+                ))
+            }
+            "raw" => {
+                let child = tree.child("file")?;
+                let (offset, size) = (tree.size("offset")?, tree.size("size")?);
+                tree.finish("raw", &["driver", "file", "offset", "size", "read-only"])?;
+                Ok(Arc::new(RawNode::new(
+                    self.open_node(child, read_only)?,
+                    offset.unwrap_or(0),
+                    size,
+                )?))
+            }
+            "zoned" => Err(OpenError::Graph("zoned can only be the root of a graph".into())),
+            unknown => Err(OpenError::Graph(format!(
+                "{}driver {unknown:?} is not known{}; drivers are {}",
+                tree.place(),
+                options::did_you_mean(unknown, &DRIVERS),
+                DRIVERS.join(", ")
+            ))),
+        }
+    }
+
+    fn open_file(
+        &self,
+        path: &Path,
+        direct: bool,
+        read_only: bool,
+        locking: Option<&str>,
+    ) -> Result<FileNode, OpenError> {
+        let lock = match (locking, self.options.force_share, read_only) {
+            (Some("off"), ..) | (_, true, _) => LockMode::None,
+            (Some("on" | "auto") | None, _, true) => LockMode::Read,
+            (Some("on" | "auto") | None, _, false) => LockMode::Write,
+            (Some(other), ..) => {
+                return Err(OpenError::Graph(format!(
+                    "file: locking={other} is not one of on, off, auto"
+                )));
+            }
+        };
+        let options = FileOptions {
+            direct,
+            lock,
+            lock_wait: self.options.lock_wait,
+            ..FileOptions::existing(read_only)
+        };
+        let file = self
+            .host
+            .open(path, &options)
+            .map_err(|e| host_error(path, "cannot be opened", e))?;
+        FileNode::new(file, read_only).map_err(|e| OpenError::file(path, "cannot be looked at", e))
+    }
+}
+
+/// The meaning of `run-state=` and `--run-state`: a mode's name, or a directory.
+pub fn run_state_of(text: &str) -> RunStateMode {
+    match text {
+        "beside" => RunStateMode::Beside,
+        "sync" => RunStateMode::Sync,
+        "none" => RunStateMode::None,
+        directory => RunStateMode::In(directory.into()),
+    }
+}
+
+const ZONE_OPTIONS: [&str; 12] = [
+    "driver",
+    "file",
+    "read-only",
+    "block_size",
+    "run-state",
+    "zone.mode",
+    "zone.size",
+    "zone.capacity",
+    "zone.conventional_zones",
+    "zone.max_open_zones",
+    "zone.max_active_zones",
+    "zone.max_append_bytes",
+];
+
+fn geometry_of(tree: &mut Options, size: u64) -> Result<Geometry, OpenError> {
+    let model = match tree.string("zone.mode")?.as_deref() {
+        None | Some("host-managed") => Model::HostManaged,
+        Some("host-aware") => Model::HostAware,
+        Some(other) => {
+            return Err(OpenError::Graph(format!(
+                "zone.mode={other} is not one of host-managed, host-aware"
+            )));
+        }
+    };
+    let zone_size = tree.size("zone.size")?.ok_or_else(|| {
+        OpenError::Graph(
+            "zoned: over memory the zones are described here; zone.size is missing, as in zone.size=64M"
+                .into(),
+        )
+    })?;
+    let zone_capacity = tree.size("zone.capacity")?.unwrap_or(zone_size);
+    Ok(Geometry::new(GeometrySpec {
+        model,
+        size,
+        zone_size,
+        zone_capacity,
+        nr_conventional: tree.number("zone.conventional_zones")?.unwrap_or(0),
+        block_size: tree
+            .number("block_size")?
+            .unwrap_or(crate::create::DEFAULT_BLOCK_SIZE),
+        max_open: tree.number("zone.max_open_zones")?.unwrap_or(0),
+        max_active: tree.number("zone.max_active_zones")?.unwrap_or(0),
+        max_append: tree
+            .size("zone.max_append_bytes")?
+            .unwrap_or(crate::create::default_append(zone_capacity)),
+    })?)
+}

@@ -1,0 +1,125 @@
+//! The contract between the nodes of a graph.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::ops::ControlFlow;
+use std::pin::Pin;
+
+use zbdkit_io::{File, IoBuf};
+use zbdkit_zone::{CloseEmpty, Engine, Filter, SlotPool, ZoneInfo};
+
+use crate::error::Error;
+use crate::limits::Limits;
+
+/// A request on its way through a node. Requests of the hot path do not box: see [`Node::resolve`].
+pub type Request<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + 'a>>;
+
+/// May one read touch several sequential zones? Protocols differ: virtio and ZNS without RAZB refuse it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CrossZone {
+    /// A read of a sequential zone ends in that zone, else [`zbdkit_zone::ZoneError::Boundary`].
+    Refuse,
+    /// Reads may cross zones.
+    Allow,
+}
+
+/// An operation on one zone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZoneOp {
+    /// Open explicitly.
+    Open,
+    /// Close; an opened zone without data becomes what the argument says.
+    Close(CloseEmpty),
+    /// Make the zone full.
+    Finish,
+    /// Make the zone empty.
+    Reset,
+    /// Operator: let nothing be written any more.
+    SetReadOnly,
+    /// Operator: let nothing be read or written any more.
+    SetOffline,
+    /// Operator: take back read-only and offline.
+    SetNormal,
+}
+
+/// What one queue (one thread) brings to its requests: preallocated in-flight slots.
+pub struct Lane {
+    slots: Option<RefCell<SlotPool>>,
+}
+
+impl Lane {
+    /// A lane for at most `depth` writes in flight over `engine`'s zones, if there are any.
+    pub(crate) fn new(engine: Option<&Engine>, depth: u32) -> Lane {
+        Lane {
+            slots: engine.map(|engine| RefCell::new(engine.slots(depth))),
+        }
+    }
+
+    /// The slots; `None` on a device without zones.
+    pub(crate) fn slots(&self) -> Option<&RefCell<SlotPool>> {
+        self.slots.as_ref()
+    }
+}
+
+/// A node of the block graph.
+///
+/// Contract: offsets and lengths are bytes. The handle at the root ([`crate::Device`]) has checked them against
+/// the root's limits (range, alignment, read-only); a node checks again only what it changes itself. A request
+/// counts wholly or not at all, answers exactly once, never panics for any argument, and may run on any thread
+/// that has a [`zbdkit_io::Runtime`]. Buffers are kept alive by the requests that use them.
+pub trait Node: Send + Sync {
+    /// Limits, fixed at opening.
+    fn limits(&self) -> &Limits;
+
+    /// The driver's name, as in `driver=`.
+    fn driver(&self) -> &'static str;
+
+    /// Where the bytes lie, if the node is but an offset into one file there: the requests of the hot path then
+    /// go straight to the file. `None` sends them through the methods below.
+    fn resolve(&self, _offset: u64, _len: u64) -> Option<(&File, u64)> {
+        None
+    }
+
+    /// Reads into all of `buf`.
+    fn read<'a>(&'a self, lane: &'a Lane, buf: IoBuf, offset: u64, cross: CrossZone) -> Request<'a, ()>;
+
+    /// Writes all of `buf`.
+    fn write<'a>(&'a self, lane: &'a Lane, buf: IoBuf, offset: u64) -> Request<'a, ()>;
+
+    /// Makes what was acknowledged before the call durable.
+    fn flush<'a>(&'a self) -> Request<'a, ()>;
+
+    /// Makes the range read as zeros; `unmap` allows to give its space back.
+    fn write_zeroes<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64, unmap: bool) -> Request<'a, ()>;
+
+    /// The range's contents are not needed any more: they may read as zeros or as before.
+    fn discard<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64) -> Request<'a, ()>;
+
+    /// Appends `buf` to the zone that starts at `zone_start`; the answer is the byte offset it got.
+    fn append<'a>(&'a self, _lane: &'a Lane, _buf: IoBuf, _zone_start: u64) -> Request<'a, u64> {
+        Box::pin(async { Err(Error::NotSupported("zone append")) })
+    }
+
+    /// One operation on the zone that starts at `zone_start`.
+    fn zone_op<'a>(&'a self, _op: ZoneOp, _zone_start: u64) -> Request<'a, ()> {
+        Box::pin(async { Err(Error::NotSupported("zone management")) })
+    }
+
+    /// Resets every sequential zone that can be reset, as one operation.
+    fn reset_all<'a>(&'a self) -> Request<'a, ()> {
+        Box::pin(async { Err(Error::NotSupported("zone management")) })
+    }
+
+    /// Reports the zones from the one that holds `from`, until the sink breaks.
+    fn report<'a>(
+        &'a self,
+        _from: u64,
+        _filter: Filter,
+        _sink: &'a mut dyn FnMut(ZoneInfo) -> ControlFlow<()>,
+    ) -> Request<'a, ()> {
+        Box::pin(async { Err(Error::NotSupported("zone report")) })
+    }
+
+    /// Closes cleanly: nothing is in flight any more, and everything is durable when it succeeds.
+    fn close<'a>(&'a self) -> Request<'a, ()>;
+}

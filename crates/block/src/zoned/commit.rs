@@ -1,0 +1,174 @@
+//! The durable side of an epoch: flushes, and the records of resets and finishes, in the order of DURABILITY.md.
+//!
+//! One round at a time writes the table. A round captures the written ends, syncs the data they cover, then
+//! writes and syncs exactly what it captured. The records of resets (and what the operator set) need no data to
+//! be durable and may come without that sync; a finish brings its data along like a flush.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use zbdkit_zone::{Engine, ZoneNo, ZoneRecord};
+
+use super::rounds::Rounds;
+use super::table::{Table, TableError};
+use super::waiters::{Waiters, lock};
+use crate::error::{Error, errno_of};
+use crate::node::Node;
+
+/// What a round has to make durable.
+#[derive(Default)]
+pub struct Work {
+    records: Vec<(ZoneNo, ZoneRecord)>,
+    /// Also every acknowledged write.
+    flush: bool,
+}
+
+/// The writer of an image's durable table.
+pub struct Committer {
+    rounds: Rounds<Work>,
+    /// Taken by the leader of the running round.
+    table: Mutex<Option<Table>>,
+    /// The first failed write-back, final for the epoch; 0 while there was none.
+    failed: AtomicI32,
+}
+
+impl Committer {
+    /// A committer to the table of a new epoch.
+    pub fn new(table: Table) -> Committer {
+        Committer {
+            rounds: Rounds::new(),
+            table: Mutex::new(Some(table)),
+            failed: AtomicI32::new(0),
+        }
+    }
+
+    /// Fails where the epoch has failed.
+    pub fn check(&self) -> Result<(), Error> {
+        match self.failed.load(Ordering::Acquire) {
+            0 => Ok(()),
+            errno => Err(Error::Epoch { errno }),
+        }
+    }
+
+    /// The epoch is over: what the page cache holds is not known any more, so nothing is promised on it.
+    pub fn fail(&self, errno: i32, waiters: &Waiters) {
+        if self
+            .failed
+            .compare_exchange(0, errno, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+        {
+            waiters.run_state.invalidate();
+            let error = std::io::Error::from_raw_os_error(errno);
+            tracing::error!("a write-back failed ({error}): the image takes no changes until it is reopened");
+        }
+    }
+
+    /// Makes everything durable that was acknowledged before the call, and `records` with it.
+    pub async fn flush(&self, records: &[(ZoneNo, ZoneRecord)], at: &Image<'_>) -> Result<(), Error> {
+        self.round(records, true, at).await
+    }
+
+    /// Makes these records durable.
+    pub async fn record(&self, records: &[(ZoneNo, ZoneRecord)], at: &Image<'_>) -> Result<(), Error> {
+        self.round(records, false, at).await
+    }
+
+    async fn round(
+        &self,
+        records: &[(ZoneNo, ZoneRecord)],
+        flush: bool,
+        at: &Image<'_>,
+    ) -> Result<(), Error> {
+        self.check()?;
+        let add = |work: &mut Work| {
+            work.records.extend_from_slice(records);
+            work.flush |= flush;
+        };
+        let joined = self.rounds.join(add, async {}, async |work: Work| {
+            let table = lock(&self.table).take();
+            let Some(mut table) = table else { return };
+            if self.failed.load(Ordering::Acquire) == 0
+                && let Err(errno) = run(work, &mut table, at).await
+            {
+                self.fail(errno, at.waiters);
+            }
+            *lock(&self.table) = Some(table);
+        });
+        if joined.await.is_err() {
+            self.fail(rustix::io::Errno::CANCELED.raw_os_error(), at.waiters);
+        }
+        self.check()
+    }
+
+    /// Ends the epoch cleanly: everything durable, then the mark cleared, then the run state removed.
+    pub async fn close(&self, at: &Image<'_>) -> Result<(), Error> {
+        self.flush(&[], at).await?;
+        let table = lock(&self.table).take();
+        let Some(mut table) = table else {
+            return Err(Error::Epoch {
+                errno: libc::ECANCELED,
+            });
+        };
+        let sum = table.generation_sum();
+        let written = table
+            .update_header(|header| {
+                header.open = 0;
+                header.place_len = 0.into();
+                header.generation_sum = sum.into();
+            })
+            .await;
+        let closed = match written {
+            Ok(()) => table.sync().await,
+            Err(error) => Err(error),
+        };
+        closed.map_err(|error| Error::Io {
+            op: "closing the zone table",
+            errno: table_errno(&error),
+        })?;
+        if let Err(error) = at.waiters.run_state.remove() {
+            tracing::warn!("the run state could not be removed: {error}");
+        }
+        Ok(())
+    }
+}
+
+/// What a round works on.
+pub struct Image<'a> {
+    /// The zones.
+    pub engine: &'a Engine,
+    /// The data.
+    pub child: &'a Arc<dyn Node>,
+    /// The listeners.
+    pub waiters: &'a Waiters,
+}
+
+async fn run(work: Work, table: &mut Table, at: &Image<'_>) -> Result<(), i32> {
+    let mut changes = BTreeMap::new();
+    if work.flush {
+        at.engine.take_dirty(&mut |zone, record| {
+            changes.insert(zone.0, record);
+        });
+    }
+    for (zone, record) in work.records {
+        // Its zone is drained and closed, so this is its newest record, whatever was captured; and no later
+        // capture may bring the older one back before the engine has this one.
+        at.engine.clear_dirty(zone);
+        changes.insert(zone.0, record);
+    }
+    if work.flush {
+        at.child.flush().await.map_err(|error| error.errno())?;
+    }
+    if changes.is_empty() {
+        return Ok(());
+    }
+    table.write(&changes).await.map_err(|error| table_errno(&error))?;
+    table.sync().await.map_err(|error| table_errno(&error))
+}
+
+fn table_errno(error: &TableError) -> i32 {
+    match error {
+        TableError::Io(_, source) => errno_of(source),
+        _ => rustix::io::Errno::IO.raw_os_error(),
+    }
+}

@@ -1,0 +1,525 @@
+//! The filter `zoned`: gives zones to any conventional node below it.
+//!
+//! The engine decides, the child stores, the durable table and the run state remember; DURABILITY rules the order.
+//! What a request does here: it is admitted (or waits while its zone is reset), its data goes to the child, the
+//! engine learns what became of it, the run state holds the new written end, and then it is acknowledged.
+
+mod commit;
+mod open;
+mod rounds;
+mod run_state;
+mod table;
+mod waiters;
+
+use std::future::poll_fn;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::task::Poll;
+
+use zbdkit_io::IoBuf;
+use zbdkit_zone::{
+    Completion, Engine, ExclusiveOp, ExclusivePermit, Filter, Pending, ReadPermit, Refused, WritePermit,
+    ZoneError, ZoneInfo, ZoneNo, ZoneRecord, ZoneType,
+};
+
+use crate::error::Error;
+use crate::limits::Limits;
+use crate::node::{CrossZone, Lane, Node, Request, ZoneOp};
+use commit::{Committer, Image};
+pub(crate) use open::host_error;
+pub use open::{RunStateMode, ZonedOptions, create_sidecar, default_sidecar};
+use waiters::Waiters;
+
+/// Zones over a conventional child.
+pub struct ZonedNode {
+    child: Arc<dyn Node>,
+    limits: Limits,
+    engine: Engine,
+    waiters: Waiters,
+    durability: Durability,
+}
+
+/// What outlives the process.
+enum Durability {
+    /// Nothing (over memory).
+    Volatile,
+    /// What the image held when it was opened for reading.
+    ReadOnly,
+    /// The zone table; `sync_writes` where every write is made durable before it is acknowledged, as there is no
+    /// run state.
+    Table { committer: Committer, sync_writes: bool },
+}
+
+impl ZonedNode {
+    /// The zones.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// As [`Node::read`], without a box.
+    pub async fn read(&self, lane: &Lane, buf: IoBuf, offset: u64, cross: CrossZone) -> Result<(), Error> {
+        let len = buf.len() as u64;
+        match self.read_in_zone(lane, &buf, offset).await {
+            Err(Error::Zone(ZoneError::Boundary { end, .. })) if self.may_cross(offset, end, cross) => {}
+            result => return result,
+        }
+        let mut at = 0;
+        while at < len {
+            let geometry = self.engine.geometry();
+            let end = geometry.end(geometry.zone_of(offset + at)) - offset;
+            let part = buf.slice(at as usize..end.min(len) as usize);
+            self.read_in_zone(lane, &part, offset + at).await?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Sequential-preferred zones are read like a disk; others as the protocol says.
+    fn may_cross(&self, offset: u64, end: u64, cross: CrossZone) -> bool {
+        let geometry = self.engine.geometry();
+        let required = |at| geometry.zone_type(geometry.zone_of(at)) == ZoneType::SequentialRequired;
+        cross == CrossZone::Allow || !(required(offset) || required(end))
+    }
+
+    async fn read_in_zone(&self, lane: &Lane, buf: &IoBuf, offset: u64) -> Result<(), Error> {
+        let permit = self
+            .admit(|| self.engine.admit_read(offset, buf.len() as u64))
+            .await?;
+        let data = permit.data_len() as usize;
+        let result = match data {
+            0 => Ok(()),
+            _ if data == buf.len() => self.read_child(lane, buf.clone(), offset).await,
+            _ => self.read_child(lane, buf.slice(0..data), offset).await,
+        };
+        buf.fill(data..buf.len(), 0);
+        self.end_read(permit);
+        result
+    }
+
+    fn end_read(&self, permit: ReadPermit) {
+        self.engine.end_read(permit, &self.waiters);
+    }
+
+    async fn read_child(&self, lane: &Lane, buf: IoBuf, offset: u64) -> Result<(), Error> {
+        match self.child.resolve(offset, buf.len() as u64) {
+            Some((file, at)) => file.read(buf, at).await.map_err(|e| Error::io("read", &e)),
+            None => self.child.read(lane, buf, offset, CrossZone::Allow).await,
+        }
+    }
+
+    /// As [`Node::write`], without a box.
+    pub async fn write(&self, lane: &Lane, buf: IoBuf, offset: u64) -> Result<(), Error> {
+        let permit = self.admit_write(lane, offset, buf.len() as u64).await?;
+        self.carry_out(lane, permit, Data::Buf(buf)).await
+    }
+
+    /// As [`Node::append`], without a box.
+    pub async fn append(&self, lane: &Lane, buf: IoBuf, zone_start: u64) -> Result<u64, Error> {
+        self.check_epoch()?;
+        let slots = lane.slots().ok_or(Error::NotSupported("zone append"))?;
+        let len = buf.len() as u64;
+        let permit = self
+            .admit(|| self.engine.admit_append(&mut slots.borrow_mut(), zone_start, len))
+            .await?;
+        let offset = permit.offset();
+        self.carry_out(lane, permit, Data::Buf(buf)).await?;
+        Ok(offset)
+    }
+
+    async fn admit_write(&self, lane: &Lane, offset: u64, len: u64) -> Result<WritePermit, Error> {
+        self.check_epoch()?;
+        let slots = lane
+            .slots()
+            .ok_or(Error::NotSupported("writing without a lane of the image"))?;
+        self.admit(|| self.engine.admit_write(&mut slots.borrow_mut(), offset, len))
+            .await
+    }
+
+    /// The way of an admitted write to its acknowledgement.
+    async fn carry_out(&self, lane: &Lane, permit: WritePermit, data: Data) -> Result<(), Error> {
+        let stored = self.store(lane, &permit, data).await;
+        let errno = stored.as_ref().map(|_| ()).map_err(Error::errno);
+        match self.engine.complete(permit, errno, &self.waiters) {
+            Completion::Prefix(prefix) => {
+                let safe = if prefix.advanced() {
+                    self.publish(prefix.zone()).await
+                } else {
+                    Ok(())
+                };
+                // In the failed epoch nothing more is acknowledged: its run state is not believed any more.
+                let safe = safe.and_then(|()| self.check_epoch());
+                let outcome = safe.as_ref().map(|_| ()).map_err(Error::errno);
+                self.engine.acknowledge(prefix, outcome, &self.waiters);
+                safe
+            }
+            Completion::Pending(pending) => self.outcome(pending).await,
+            // Its own failure, or the one of an earlier write of the zone.
+            Completion::Failed(errno) => stored.and(Err(Error::Io {
+                op: "an earlier write of the zone",
+                errno,
+            })),
+        }
+    }
+
+    async fn store(&self, lane: &Lane, permit: &WritePermit, data: Data) -> Result<(), Error> {
+        if let Some(gap) = permit.gap() {
+            self.child
+                .write_zeroes(lane, gap.start, gap.end - gap.start, true)
+                .await?;
+        }
+        match data {
+            Data::Zeroes { unmap } => {
+                self.child
+                    .write_zeroes(lane, permit.offset(), permit.len(), unmap)
+                    .await
+            }
+            Data::Buf(buf) => match self.child.resolve(permit.offset(), permit.len()) {
+                Some((file, at)) => file.write(buf, at).await.map_err(|e| Error::io("write", &e)),
+                None => self.child.write(lane, buf, permit.offset()).await,
+            },
+        }
+    }
+
+    /// Makes the zone's written end outlive what it is promised to outlive.
+    async fn publish(&self, zone: ZoneNo) -> Result<(), Error> {
+        match &self.durability {
+            Durability::Table {
+                committer,
+                sync_writes: true,
+            } => committer.flush(&[], &self.image()).await,
+            Durability::Table { committer, .. } => {
+                let published = self.waiters.run_state.publish(zone, &self.engine).await;
+                published.map_err(|errno| {
+                    committer.fail(errno, &self.waiters);
+                    Error::Io {
+                        op: "writing the run state",
+                        errno,
+                    }
+                })
+            }
+            Durability::Volatile | Durability::ReadOnly => Ok(()),
+        }
+    }
+
+    async fn outcome(&self, pending: Pending) -> Result<(), Error> {
+        let outcome = poll_fn(|cx| {
+            if let Some(outcome) = self.engine.outcome(&pending) {
+                return Poll::Ready(outcome);
+            }
+            self.waiters.wait_slot(pending.slot(), cx.waker());
+            self.engine.outcome(&pending).map_or(Poll::Pending, Poll::Ready)
+        });
+        outcome.await.map_err(|errno| Error::Io {
+            op: "an earlier write of the zone",
+            errno,
+        })
+    }
+
+    /// Asks until the zone is not busy.
+    async fn admit<T>(&self, mut ask: impl FnMut() -> Result<T, Refused>) -> Result<T, Error> {
+        loop {
+            let busy = match ask() {
+                Ok(admitted) => return Ok(admitted),
+                Err(Refused::Zone(error)) => return Err(error.into()),
+                Err(Refused::NoSlot) => {
+                    // One of this lane's own writes gives its slot back.
+                    zbdkit_io::yield_now().await;
+                    continue;
+                }
+                Err(Refused::Busy(zone)) => zone,
+            };
+            let again = poll_fn(|cx| {
+                self.waiters.wait_zone(busy, cx.waker());
+                match ask() {
+                    Err(Refused::Busy(zone)) if zone == busy => Poll::Pending,
+                    result => Poll::Ready(result),
+                }
+            });
+            match again.await {
+                Ok(admitted) => return Ok(admitted),
+                Err(Refused::Zone(error)) => return Err(error.into()),
+                Err(Refused::Busy(_) | Refused::NoSlot) => {}
+            }
+        }
+    }
+
+    fn check_epoch(&self) -> Result<(), Error> {
+        match &self.durability {
+            Durability::Table { committer, .. } => committer.check(),
+            Durability::Volatile => Ok(()),
+            Durability::ReadOnly => Err(Error::ReadOnly),
+        }
+    }
+
+    fn image(&self) -> Image<'_> {
+        Image {
+            engine: &self.engine,
+            child: &self.child,
+            waiters: &self.waiters,
+        }
+    }
+
+    /// Closes the zone to everybody else and waits until nobody is left in it.
+    async fn begin(&self, zone: ZoneNo, op: ExclusiveOp) -> Result<Option<ExclusivePermit>, Error> {
+        self.admit(|| self.engine.begin(zone, op)).await
+    }
+
+    async fn drain(&self, permit: &ExclusivePermit) {
+        poll_fn(|cx| {
+            if self.engine.drained(permit) {
+                return Poll::Ready(());
+            }
+            self.waiters.wait_zone(permit.zone(), cx.waker());
+            if self.engine.drained(permit) {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
+    /// Reset, finish and what the operator sets: durable, then done.
+    async fn exclusive(&self, zone: ZoneNo, op: ExclusiveOp) -> Result<(), Error> {
+        self.check_epoch()?;
+        let Some(permit) = self.begin(zone, op).await? else {
+            return Ok(());
+        };
+        self.drain(&permit).await;
+        self.finish_exclusive(vec![permit], op).await
+    }
+
+    /// The rest of an operation on drained zones.
+    async fn finish_exclusive(&self, permits: Vec<ExclusivePermit>, op: ExclusiveOp) -> Result<(), Error> {
+        let records: Vec<(ZoneNo, ZoneRecord)> = permits
+            .iter()
+            .map(|permit| (permit.zone(), self.engine.record_after(permit)))
+            .collect();
+        let result = self.make_durable(&records, op).await;
+        for permit in permits {
+            match result {
+                Ok(()) => self.engine.commit(permit, &self.waiters),
+                Err(_) => self.engine.abort(permit, &self.waiters),
+            }
+        }
+        result
+    }
+
+    async fn make_durable(&self, records: &[(ZoneNo, ZoneRecord)], op: ExclusiveOp) -> Result<(), Error> {
+        match (&self.durability, op) {
+            (Durability::ReadOnly, _) => return Err(Error::ReadOnly),
+            // First the run state, so that no kill finds it ahead of the data; then the table; then the space.
+            (Durability::Table { committer, .. }, ExclusiveOp::Reset) => {
+                self.set_run_state(committer, records)?;
+                committer.record(records, &self.image()).await?;
+            }
+            // Here the data comes first: the record must not cover bytes that a power cut could still lose.
+            (Durability::Table { committer, .. }, _) => {
+                committer.flush(records, &self.image()).await?;
+                self.set_run_state(committer, records)?;
+            }
+            (Durability::Volatile, _) => {}
+        }
+        if op == ExclusiveOp::Reset
+            && let Err(error) = self.free(records).await
+        {
+            // The table says empty, the engine will not: neither may be believed further.
+            if let Durability::Table { committer, .. } = &self.durability {
+                committer.fail(error.errno(), &self.waiters);
+            }
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    fn set_run_state(&self, committer: &Committer, records: &[(ZoneNo, ZoneRecord)]) -> Result<(), Error> {
+        for (zone, record) in records {
+            if let Err(errno) = self.waiters.run_state.set(*zone, record) {
+                committer.fail(errno, &self.waiters);
+                return Err(Error::Io {
+                    op: "writing the run state",
+                    errno,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the space of reset zones back, before they take writes again. Reads do not need it, since nothing
+    /// above the written end is read from below; only a sequential-preferred zone, whose writes may leave holes
+    /// when they fail, must really be zeros.
+    async fn free(&self, records: &[(ZoneNo, ZoneRecord)]) -> Result<(), Error> {
+        let geometry = self.engine.geometry();
+        let lane = Lane::new(None, 0);
+        let mut zones = records.iter().map(|(zone, _)| *zone).peekable();
+        while let Some(first) = zones.next() {
+            let mut last = first;
+            while let Some(next) = zones.next_if(|next| next.0 == last.0 + 1) {
+                last = next;
+            }
+            let (start, len) = (geometry.start(first), geometry.end(last) - geometry.start(first));
+            if geometry.zone_type(first) == ZoneType::SequentialPreferred {
+                self.child.write_zeroes(&lane, start, len, true).await?;
+            } else if let Err(error) = self.child.discard(&lane, start, len).await {
+                tracing::warn!("the space of zone {first} could not be given back: {error}");
+            }
+        }
+        Ok(())
+    }
+
+    fn zone_at(&self, zone_start: u64) -> Result<ZoneNo, Error> {
+        Ok(self.engine.geometry().zone_at(zone_start)?)
+    }
+
+    async fn manage(&self, op: ZoneOp, zone_start: u64) -> Result<(), Error> {
+        let zone = self.zone_at(zone_start)?;
+        match op {
+            ZoneOp::Open => {
+                self.check_epoch()?;
+                self.admit(|| self.engine.open(zone)).await
+            }
+            ZoneOp::Close(empty) => {
+                self.check_epoch()?;
+                self.admit(|| self.engine.close(zone, empty)).await
+            }
+            ZoneOp::Finish => self.exclusive(zone, ExclusiveOp::Finish).await,
+            ZoneOp::Reset => self.exclusive(zone, ExclusiveOp::Reset).await,
+            ZoneOp::SetReadOnly => self.exclusive(zone, ExclusiveOp::SetReadOnly).await,
+            ZoneOp::SetOffline => self.exclusive(zone, ExclusiveOp::SetOffline).await,
+            ZoneOp::SetNormal => self.exclusive(zone, ExclusiveOp::SetNormal).await,
+        }
+    }
+
+    /// One operation: all zones are closed in ascending order (so that two of these cannot block each other),
+    /// then drained, then made durable by one write of the table.
+    async fn reset_every_zone(&self) -> Result<(), Error> {
+        self.check_epoch()?;
+        let mut permits = Vec::new();
+        let mut failed = None;
+        for zone in self
+            .engine
+            .geometry()
+            .zones()
+            .skip(self.engine.geometry().nr_conventional() as usize)
+        {
+            match self.begin(zone, ExclusiveOp::Reset).await {
+                Ok(permit) => permits.extend(permit),
+                // Not to be reset: passed over.
+                Err(Error::Zone(ZoneError::ReadOnly { .. } | ZoneError::Offline { .. })) => {}
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
+        }
+        for permit in &permits {
+            self.drain(permit).await;
+        }
+        if let Some(error) = failed {
+            permits
+                .into_iter()
+                .for_each(|permit| self.engine.abort(permit, &self.waiters));
+            return Err(error);
+        }
+        self.finish_exclusive(permits, ExclusiveOp::Reset).await
+    }
+}
+
+/// What a write brings.
+enum Data {
+    Buf(IoBuf),
+    Zeroes { unmap: bool },
+}
+
+impl Node for ZonedNode {
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn driver(&self) -> &'static str {
+        "zoned"
+    }
+
+    fn read<'a>(&'a self, lane: &'a Lane, buf: IoBuf, offset: u64, cross: CrossZone) -> Request<'a, ()> {
+        Box::pin(ZonedNode::read(self, lane, buf, offset, cross))
+    }
+
+    fn write<'a>(&'a self, lane: &'a Lane, buf: IoBuf, offset: u64) -> Request<'a, ()> {
+        Box::pin(ZonedNode::write(self, lane, buf, offset))
+    }
+
+    fn append<'a>(&'a self, lane: &'a Lane, buf: IoBuf, zone_start: u64) -> Request<'a, u64> {
+        Box::pin(ZonedNode::append(self, lane, buf, zone_start))
+    }
+
+    fn flush<'a>(&'a self) -> Request<'a, ()> {
+        Box::pin(async move {
+            match &self.durability {
+                Durability::Volatile => self.child.flush().await,
+                Durability::ReadOnly => Ok(()),
+                Durability::Table { committer, .. } => committer.flush(&[], &self.image()).await,
+            }
+        })
+    }
+
+    /// Zeros are data here: the write pointer moves over them.
+    fn write_zeroes<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64, unmap: bool) -> Request<'a, ()> {
+        Box::pin(async move {
+            let permit = self.admit_write(lane, offset, len).await?;
+            self.carry_out(lane, permit, Data::Zeroes { unmap }).await
+        })
+    }
+
+    /// A hint, and one that sequential zones take only as a reset: space is given back where there is no write
+    /// pointer to contradict.
+    fn discard<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64) -> Request<'a, ()> {
+        Box::pin(async move {
+            self.check_epoch()?;
+            let geometry = self.engine.geometry();
+            let conventional = geometry
+                .size()
+                .min(geometry.zone_size() * u64::from(geometry.nr_conventional()));
+            let end = (offset + len).min(conventional);
+            if offset < end {
+                self.child.discard(lane, offset, end - offset).await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn zone_op<'a>(&'a self, op: ZoneOp, zone_start: u64) -> Request<'a, ()> {
+        Box::pin(self.manage(op, zone_start))
+    }
+
+    fn reset_all<'a>(&'a self) -> Request<'a, ()> {
+        Box::pin(self.reset_every_zone())
+    }
+
+    fn report<'a>(
+        &'a self,
+        from: u64,
+        filter: Filter,
+        sink: &'a mut dyn FnMut(ZoneInfo) -> ControlFlow<()>,
+    ) -> Request<'a, ()> {
+        Box::pin(async move {
+            if from >= self.limits.size {
+                return Err(Error::OutOfRange {
+                    offset: from,
+                    len: 0,
+                    size: self.limits.size,
+                });
+            }
+            self.engine.report(from, filter, sink);
+            Ok(())
+        })
+    }
+
+    fn close<'a>(&'a self) -> Request<'a, ()> {
+        Box::pin(async move {
+            if let Durability::Table { committer, .. } = &self.durability {
+                committer.close(&self.image()).await?;
+            }
+            self.child.close().await
+        })
+    }
+}

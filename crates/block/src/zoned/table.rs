@@ -1,0 +1,388 @@
+//! The durable table: the sidecar's header and zone blocks, two checksummed copies each (layout: `spec::sidecar`).
+//!
+//! A copy is overwritten only while the other one is durable: writes of a block alternate between its copies, and
+//! every batch of writes is followed by a sync before the next batch. So a torn write leaves the older copy.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use zbdkit_io::{File, IoBuf};
+use zbdkit_spec::sidecar::{
+    BLOCK, BLOCK_MAGIC, ENTRIES_PER_BLOCK, ENTRY_FINISHED, ENTRY_OFFLINE, ENTRY_READ_ONLY, Entry, Header,
+    MAGIC, TABLE_OFFSET, TableBlock, VERSION,
+};
+use zbdkit_zone::{Counters, ZoneRecord};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+/// Why a table cannot be used; the opener adds the path.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// Reading or writing failed.
+    #[error("{0} failed: {1}")]
+    Io(&'static str, #[source] io::Error),
+    /// The file is too short for what its header says, or for a header.
+    #[error("truncated: {actual} bytes, but the zone table takes {expected}; restore the file from a backup")]
+    Truncated {
+        /// Bytes there are.
+        actual: u64,
+        /// Bytes there should be.
+        expected: u64,
+    },
+    /// It does not begin like a sidecar.
+    #[error("not a zone table of zbdkit (no valid header); name the right sidecar with sidecar=FILE")]
+    NotATable,
+    /// Both header copies fail their checksum.
+    #[error("both copies of the header are damaged; restore the file from a backup")]
+    HeaderDamaged,
+    /// A version that this program does not know.
+    #[error("version {0} of the zone table is not known to this zbdkit; use a newer one")]
+    Version(u32),
+    /// Both copies of a block fail their checksum.
+    #[error(
+        "both copies of zone table block {index} (zones {first} to {last}) are damaged; \
+         restore the file from a backup"
+    )]
+    BlockDamaged {
+        /// The block.
+        index: u64,
+        /// Its first zone.
+        first: u64,
+        /// Its last zone.
+        last: u64,
+    },
+    /// A copy that was current at the last clean close is gone.
+    #[error(
+        "a damaged copy held the newest state of some zones of a cleanly closed image; \
+         restore the file from a backup"
+    )]
+    Outdated,
+}
+
+/// The opened table; its writer is whoever runs the current commit round.
+pub struct Table {
+    file: File,
+    header: Box<Header>,
+    /// Generation of each block's current copy, 0 where none was written.
+    generations: Vec<u64>,
+}
+
+/// What was found when a table was opened.
+pub struct Loaded {
+    /// The table.
+    pub table: Table,
+    /// The zones that are not empty and untouched, ascending.
+    pub records: BTreeMap<u32, ZoneRecord>,
+    /// Damage that the other copy made good, in words.
+    pub repaired: Vec<String>,
+}
+
+/// The bytes of a sidecar for `nr_zones` zones.
+pub fn file_size(nr_zones: u32) -> u64 {
+    TABLE_OFFSET + 2 * BLOCK as u64 * blocks(nr_zones)
+}
+
+fn blocks(nr_zones: u32) -> u64 {
+    u64::from(nr_zones.div_ceil(ENTRIES_PER_BLOCK))
+}
+
+fn copy_offset(index: u64, generation: u64) -> u64 {
+    TABLE_OFFSET + (2 * index + (generation & 1)) * BLOCK as u64
+}
+
+impl Table {
+    /// Writes a new table of empty zones into the empty `file`, not synced yet.
+    pub async fn create(file: File, mut header: Box<Header>) -> Result<Table, TableError> {
+        let nr_zones = header.nr_zones.get();
+        file.set_len(file_size(nr_zones))
+            .map_err(|e| TableError::Io("resizing", e))?;
+        header.generation = 0.into();
+        let mut table = Table {
+            file,
+            header,
+            generations: vec![0; blocks(nr_zones) as usize],
+        };
+        // Both copies, so that neither is ever garbage.
+        table.write_header().await?;
+        table.write_header().await?;
+        Ok(table)
+    }
+
+    /// Reads and checks header and blocks.
+    pub async fn load(file: File) -> Result<Loaded, TableError> {
+        let mut repaired = Vec::new();
+        let header = read_header(&file, &mut repaired).await?;
+        let nr_zones = header.nr_zones.get();
+        let actual = file.len().map_err(|e| TableError::Io("finding the size", e))?;
+        let expected = file_size(nr_zones);
+        if actual < expected {
+            return Err(TableError::Truncated { actual, expected });
+        }
+        let generations = vec![0; blocks(nr_zones) as usize];
+        let mut table = Table {
+            file,
+            header,
+            generations,
+        };
+        let records = table.load_blocks(&mut repaired).await?;
+        let clean = table.header.open == 0;
+        if clean && table.generation_sum() != table.header.generation_sum.get() {
+            return Err(TableError::Outdated);
+        }
+        Ok(Loaded {
+            table,
+            records,
+            repaired,
+        })
+    }
+
+    /// The current header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The file that holds the table.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Writes the header as `change` leaves it, not synced.
+    pub async fn update_header(&mut self, change: impl FnOnce(&mut Header)) -> Result<(), TableError> {
+        change(&mut self.header);
+        self.write_header().await
+    }
+
+    /// The checksum over which blocks are current that a clean close leaves in the header.
+    pub fn generation_sum(&self) -> u64 {
+        self.generations
+            .iter()
+            .fold(0, |sum, generation| sum.wrapping_add(*generation))
+    }
+
+    /// Writes these zones' records, not synced: [`Table::sync`] must succeed before the next write.
+    pub async fn write(&mut self, changes: &BTreeMap<u32, ZoneRecord>) -> Result<(), TableError> {
+        let mut rest = changes.iter().peekable();
+        while let Some((zone, _)) = rest.peek() {
+            let index = **zone / ENTRIES_PER_BLOCK;
+            let mut block = self.current_block(u64::from(index)).await?;
+            while let Some((zone, record)) = rest.next_if(|(zone, _)| **zone / ENTRIES_PER_BLOCK == index) {
+                block.entries[(zone % ENTRIES_PER_BLOCK) as usize] = entry_of(record);
+            }
+            let generation = self.generations[index as usize] + 1;
+            block.generation = generation.into();
+            block.crc = 0.into();
+            block.crc = crc32c::crc32c(block.as_bytes()).into();
+            let offset = copy_offset(index.into(), generation);
+            write_block(&self.file, block.as_bytes(), offset).await?;
+            self.generations[index as usize] = generation;
+        }
+        Ok(())
+    }
+
+    /// Makes what was written durable.
+    pub async fn sync(&self) -> Result<(), TableError> {
+        self.file
+            .datasync()
+            .await
+            .map_err(|e| TableError::Io("syncing", e))
+    }
+
+    async fn write_header(&mut self) -> Result<(), TableError> {
+        let generation = self.header.generation.get() + 1;
+        self.header.generation = generation.into();
+        self.header.crc = 0.into();
+        self.header.crc = crc32c::crc32c(self.header.as_bytes()).into();
+        write_block(
+            &self.file,
+            self.header.as_bytes(),
+            (generation & 1) * BLOCK as u64,
+        )
+        .await
+    }
+
+    async fn current_block(&self, index: u64) -> Result<Box<TableBlock>, TableError> {
+        let generation = self.generations[index as usize];
+        if generation == 0 {
+            let mut block = new_box::<TableBlock>();
+            block.magic = BLOCK_MAGIC;
+            block.index = index.into();
+            block.uuid = self.header.uuid;
+            return Ok(block);
+        }
+        let bytes = read_at(&self.file, copy_offset(index, generation), BLOCK).await?;
+        let block = TableBlock::read_from_bytes(&bytes)
+            .map(Box::new)
+            .map_err(|_| TableError::NotATable)?;
+        if !self.is_valid(&block, index) || block.generation.get() != generation {
+            // Somebody wrote into the file meanwhile; the locks say that this is not allowed.
+            return Err(self.damaged(index));
+        }
+        Ok(block)
+    }
+
+    async fn load_blocks(
+        &mut self,
+        repaired: &mut Vec<String>,
+    ) -> Result<BTreeMap<u32, ZoneRecord>, TableError> {
+        const BATCH: u64 = 128;
+        let mut records = BTreeMap::new();
+        let count = blocks(self.header.nr_zones.get());
+        let mut index = 0;
+        while index < count {
+            let n = BATCH.min(count - index);
+            let bytes = read_at(&self.file, copy_offset(index, 0), 2 * BLOCK * n as usize).await?;
+            for (i, pair) in bytes.chunks_exact(2 * BLOCK).enumerate() {
+                self.load_block(index + i as u64, pair, &mut records, repaired)?;
+            }
+            index += n;
+        }
+        Ok(records)
+    }
+
+    fn load_block(
+        &mut self,
+        index: u64,
+        pair: &[u8],
+        records: &mut BTreeMap<u32, ZoneRecord>,
+        repaired: &mut Vec<String>,
+    ) -> Result<(), TableError> {
+        if is_zero(pair) {
+            return Ok(());
+        }
+        let (first, second) = pair.split_at(BLOCK);
+        let copies = [first, second].map(|bytes| TableBlock::ref_from_bytes(bytes).ok());
+        let valid = copies.map(|copy| copy.filter(|block| self.is_valid(block, index)));
+        let damaged = |i: usize| valid[i].is_none() && !is_zero([first, second][i]);
+        let best = valid.iter().flatten().max_by_key(|block| block.generation.get());
+        let Some(best) = best else {
+            // The block's very first write was torn: allowed only while an epoch was open, and only there where
+            // first writes go (generation 1), or else something was lost.
+            if self.header.open != 0 && is_zero(first) && damaged(1) {
+                repaired.push(format!(
+                    "the first write of zone table block {index} was torn; it holds empty zones"
+                ));
+                return Ok(());
+            }
+            return Err(self.damaged(index));
+        };
+        if damaged(0) || damaged(1) {
+            repaired.push(format!(
+                "one copy of zone table block {index} is damaged; the other one (generation {}) is used",
+                best.generation.get()
+            ));
+        }
+        self.generations[index as usize] = best.generation.get();
+        let base = index as u32 * ENTRIES_PER_BLOCK;
+        for (i, entry) in best.entries.iter().enumerate() {
+            let zone = base + i as u32;
+            let record = record_of(entry);
+            if zone < self.header.nr_zones.get() && record != ZoneRecord::default() {
+                records.insert(zone, record);
+            }
+        }
+        Ok(())
+    }
+
+    fn is_valid(&self, block: &TableBlock, index: u64) -> bool {
+        let mut copy = *block;
+        copy.crc = 0.into();
+        block.magic == BLOCK_MAGIC
+            && block.index.get() == index
+            && block.uuid == self.header.uuid
+            && block.generation.get() != 0
+            && crc32c::crc32c(copy.as_bytes()) == block.crc.get()
+    }
+
+    fn damaged(&self, index: u64) -> TableError {
+        let first = index * u64::from(ENTRIES_PER_BLOCK);
+        let last = (first + u64::from(ENTRIES_PER_BLOCK)).min(self.header.nr_zones.get().into()) - 1;
+        TableError::BlockDamaged { index, first, last }
+    }
+}
+
+async fn read_header(file: &File, repaired: &mut Vec<String>) -> Result<Box<Header>, TableError> {
+    let actual = file.len().map_err(|e| TableError::Io("finding the size", e))?;
+    if actual < TABLE_OFFSET {
+        return Err(TableError::Truncated {
+            actual,
+            expected: TABLE_OFFSET,
+        });
+    }
+    let bytes = read_at(file, 0, 2 * BLOCK).await?;
+    let copies = [&bytes[..BLOCK], &bytes[BLOCK..]].map(|bytes| Header::read_from_bytes(bytes).ok());
+    if !copies.iter().flatten().any(|header| header.magic == MAGIC) {
+        return Err(TableError::NotATable);
+    }
+    let valid = copies.map(|header| header.filter(header_is_intact));
+    let best = valid
+        .iter()
+        .flatten()
+        .max_by_key(|header| header.generation.get());
+    let best = best.ok_or(TableError::HeaderDamaged)?;
+    if best.version.get() != VERSION {
+        return Err(TableError::Version(best.version.get()));
+    }
+    if valid.iter().any(Option::is_none) {
+        repaired.push("one copy of the zone table's header is damaged; the other one is used".into());
+    }
+    Ok(Box::new(*best))
+}
+
+fn header_is_intact(header: &Header) -> bool {
+    let mut copy = *header;
+    copy.crc = 0.into();
+    header.magic == MAGIC && crc32c::crc32c(copy.as_bytes()) == header.crc.get()
+}
+
+async fn read_at(file: &File, offset: u64, len: usize) -> Result<Vec<u8>, TableError> {
+    let buf = IoBuf::alloc(len);
+    file.read(buf.clone(), offset)
+        .await
+        .map_err(|e| TableError::Io("reading", e))?;
+    Ok(buf.to_vec())
+}
+
+async fn write_block(file: &File, bytes: &[u8], offset: u64) -> Result<(), TableError> {
+    let buf = IoBuf::alloc(bytes.len());
+    buf.copy_from(bytes);
+    file.write(buf, offset)
+        .await
+        .map_err(|e| TableError::Io("writing", e))
+}
+
+fn new_box<T: FromZeros>() -> Box<T> {
+    Box::new(T::new_zeroed())
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes
+        .chunks(64)
+        .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+fn entry_of(record: &ZoneRecord) -> Entry {
+    let flag = |set: bool, flag: u8| if set { flag } else { 0 };
+    Entry {
+        written: record.written.into(),
+        bytes_written: record.counters.bytes_written.into(),
+        resets: record.counters.resets.into(),
+        finishes: record.counters.finishes.into(),
+        flags: flag(record.finished, ENTRY_FINISHED)
+            | flag(record.read_only, ENTRY_READ_ONLY)
+            | flag(record.offline, ENTRY_OFFLINE),
+        ..Entry::new_zeroed()
+    }
+}
+
+fn record_of(entry: &Entry) -> ZoneRecord {
+    ZoneRecord {
+        written: entry.written.get(),
+        finished: entry.flags & ENTRY_FINISHED != 0,
+        read_only: entry.flags & ENTRY_READ_ONLY != 0,
+        offline: entry.flags & ENTRY_OFFLINE != 0,
+        counters: Counters {
+            resets: entry.resets.get(),
+            finishes: entry.finishes.get(),
+            bytes_written: entry.bytes_written.get(),
+        },
+    }
+}

@@ -1,0 +1,194 @@
+//! The sidecar: the file beside a raw image that holds its zone table, and the run state beside both.
+//!
+//! All integers are little-endian. Layout of the sidecar:
+//!
+//! ```text
+//! 0            header, copy 0 (4096 bytes)
+//! 4096         header, copy 1
+//! 8192         table block 0, copy 0     each block: 64-byte block header + 63 entries of 64 bytes
+//! 12288        table block 0, copy 1
+//! 16384        table block 1, copy 0     ...
+//! ```
+//!
+//! Header and blocks are written alternately to their two copies (generation modulo 2), each copy with a CRC-32C
+//! over its 4096 bytes, and a copy is overwritten only after the other one was synced: a torn write leaves the
+//! older copy. A block whose copies are all zeros was never written and holds empty zones.
+//!
+//! The run state holds one 64-bit word a zone behind a 4096-byte header; it is only believed where the header
+//! names the same boot, image, epoch and files (see [`RunHeader`]).
+
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Size in bytes of a header copy and of a table block copy.
+pub const BLOCK: usize = 4096;
+/// Zone entries in one table block.
+pub const ENTRIES_PER_BLOCK: u32 = 63;
+/// Byte offset of table block 0, copy 0.
+pub const TABLE_OFFSET: u64 = 2 * BLOCK as u64;
+/// First bytes of a sidecar header.
+pub const MAGIC: [u8; 8] = *b"ZBDZONES";
+/// First bytes of a table block.
+pub const BLOCK_MAGIC: [u8; 4] = *b"ZTBL";
+/// First bytes of a run state.
+pub const RUN_MAGIC: [u8; 8] = *b"ZBDRUNST";
+/// The only version so far, of sidecar and run state.
+pub const VERSION: u32 = 1;
+
+/// An epoch is open: its run state (or, failing that, the table) tells the written ends.
+pub const OPEN: u8 = 1;
+/// An epoch is open in which every write was made durable before it was acknowledged: the table tells it all.
+pub const OPEN_SYNC: u8 = 2;
+
+/// Which file a stamp speaks of: `stx_dev`, `stx_ino` and `stx_btime` of statx(2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FileStamp {
+    /// Device number (major << 32 | minor).
+    pub dev: U64,
+    /// Inode number.
+    pub ino: U64,
+    /// Birth time in nanoseconds since 1970, 0 where the file system knows none.
+    pub btime: U64,
+}
+
+/// Sidecar header (one copy).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Header {
+    /// [`MAGIC`].
+    pub magic: [u8; 8],
+    /// [`VERSION`].
+    pub version: U32,
+    /// CRC-32C of the copy's 4096 bytes with this field zero.
+    pub crc: U32,
+    /// Counts the header writes; the valid copy with the larger one is current.
+    pub generation: U64,
+    /// Identity of the image.
+    pub uuid: [u8; 16],
+    /// 1 host-managed, 2 host-aware (the numbers of virtio).
+    pub model: u8,
+    /// 0, or [`OPEN`] or [`OPEN_SYNC`] while an epoch is open.
+    pub open: u8,
+    /// Bytes used of `place`; 0 while no run state is kept.
+    pub place_len: U16,
+    /// Write granularity and logical block size, bytes.
+    pub block_size: U32,
+    /// Size of the device, bytes.
+    pub size: U64,
+    /// Zone size, bytes.
+    pub zone_size: U64,
+    /// Zone capacity, bytes.
+    pub zone_capacity: U64,
+    /// Largest append, bytes; 0 where append is not supported.
+    pub max_append: U64,
+    /// Number of zones.
+    pub nr_zones: U32,
+    /// The first so many zones are conventional.
+    pub nr_conventional: U32,
+    /// Most open zones, 0 for no limit.
+    pub max_open: U32,
+    /// Most active zones, 0 for no limit.
+    pub max_active: U32,
+    /// The running (or last) epoch.
+    pub epoch: U64,
+    /// Sum of the generations of all table blocks at the last clean close (wrapping): tells that a newer copy was lost.
+    pub generation_sum: U64,
+    /// The data file when it was last opened for writing.
+    pub data_file: FileStamp,
+    /// Reserved for zone descriptor extensions and ZRWA, zero.
+    pub reserved: [u8; 64],
+    /// Path of the run state, not terminated.
+    pub place: [u8; 1024],
+    /// Zero.
+    pub tail: [u8; BLOCK - 1224],
+}
+const _: () = assert!(size_of::<Header>() == BLOCK);
+
+/// One zone in the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Entry {
+    /// Written end, bytes from the zone's start.
+    pub written: U64,
+    /// Bytes written to the zone since the image was made.
+    pub bytes_written: U64,
+    /// Resets of the zone since the image was made.
+    pub resets: U32,
+    /// Finishes of the zone since the image was made.
+    pub finishes: U32,
+    /// [`ENTRY_FINISHED`], [`ENTRY_READ_ONLY`], [`ENTRY_OFFLINE`]; others zero.
+    pub flags: u8,
+    /// Zone attributes of ZNS; zero so far.
+    pub attributes: u8,
+    /// Reserved for ZRWA, zero.
+    pub reserved: [u8; 38],
+}
+const _: () = assert!(size_of::<Entry>() == 64);
+
+/// The zone was finished: full, whatever its written end.
+pub const ENTRY_FINISHED: u8 = 1;
+/// The operator made the zone read-only.
+pub const ENTRY_READ_ONLY: u8 = 2;
+/// The operator took the zone offline.
+pub const ENTRY_OFFLINE: u8 = 4;
+
+/// One copy of a table block.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct TableBlock {
+    /// [`BLOCK_MAGIC`].
+    pub magic: [u8; 4],
+    /// CRC-32C of the copy's 4096 bytes with this field zero.
+    pub crc: U32,
+    /// Counts this block's writes; the valid copy with the larger one is current.
+    pub generation: U64,
+    /// Number of this block: a copy that was written to the wrong place is not believed.
+    pub index: U64,
+    /// UUID of the image: a block left from another image is not believed.
+    pub uuid: [u8; 16],
+    /// Zero.
+    pub reserved: [u8; 24],
+    /// The zones `index * 63 ..`.
+    pub entries: [Entry; ENTRIES_PER_BLOCK as usize],
+}
+const _: () = assert!(size_of::<TableBlock>() == BLOCK);
+
+/// Header of the run state (4096 bytes with padding); words of 64 bits a zone follow at [`BLOCK`].
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct RunHeader {
+    /// [`RUN_MAGIC`].
+    pub magic: [u8; 8],
+    /// [`VERSION`].
+    pub version: U32,
+    /// CRC-32C of these bytes with this field zero and without `invalid`.
+    pub crc: U32,
+    /// Boot id of the kernel: its page cache is what makes the words true.
+    pub boot_id: [u8; 16],
+    /// The image's UUID.
+    pub uuid: [u8; 16],
+    /// The epoch that wrote it.
+    pub epoch: U64,
+    /// Number of words.
+    pub nr_zones: U32,
+    /// Zero.
+    pub reserved: U32,
+    /// The data file.
+    pub data_file: FileStamp,
+    /// The sidecar.
+    pub sidecar: FileStamp,
+    /// Not zero once the epoch failed: the words are not believed any more.
+    pub invalid: U64,
+}
+const _: () = assert!(size_of::<RunHeader>() == 120);
+
+/// Offset of [`RunHeader::invalid`] in the file, bytes.
+pub const RUN_INVALID_OFFSET: u64 = 112;
+
+/// Run-state word: set once the zone changed in this epoch; without it the table speaks for the zone.
+pub const WORD_VALID: u64 = 1 << 63;
+/// Run-state word: the zone was finished.
+pub const WORD_FINISHED: u64 = 1 << 62;
+/// Run-state word: the written end, bytes from the zone's start.
+pub const WORD_WRITTEN: u64 = (1 << 56) - 1;
