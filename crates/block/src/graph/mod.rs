@@ -172,7 +172,7 @@ impl Opener<'_> {
     }
 
     async fn open_tree(&self, mut tree: Options) -> Result<Device, OpenError> {
-        if tree.string("driver")?.as_deref() == Some("zoned") {
+        if tree.peek("driver") == Some("zoned") {
             return self.open_zoned_tree(tree).await;
         }
         let read_only = tree.bool("read-only")?.unwrap_or(self.options.read_only);

@@ -60,6 +60,11 @@ impl Options {
         self.map.contains_key(key)
     }
 
+    /// The string at a key, without taking it.
+    pub fn peek(&self, key: &str) -> Option<&str> {
+        self.map.get(key)?.as_str()
+    }
+
     /// Takes the value of a possibly dotted key.
     pub fn take(&mut self, key: &str) -> Option<Value> {
         match key.split_once('.') {

@@ -139,7 +139,7 @@ impl ZonedNode {
         limits.size = engine.geometry().size();
         limits.block_size = engine.geometry().block_size();
         limits.read_only |= read_only;
-        limits.zoned = Some(engine.geometry().clone());
+        limits.zoned = Some(*engine.geometry());
         ZonedNode {
             child,
             limits,
@@ -281,7 +281,7 @@ impl<'a> Opening<'a> {
 
     async fn finish(mut self) -> Result<(ZonedNode, Vec<String>), OpenError> {
         let recovered = self.recover().await?;
-        let engine = Engine::new(self.geometry.clone(), |zone| {
+        let engine = Engine::new(self.geometry, |zone| {
             self.records.get(&zone.0).copied().unwrap_or_default()
         })
         .map_err(|error| {
