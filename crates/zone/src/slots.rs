@@ -18,7 +18,12 @@ pub(crate) const NIL: u32 = 0;
 /// The most slots of an engine, over all lanes (each pool costs one besides those that it gives).
 pub const MAX_SLOTS: u32 = 1 << 16;
 
-const CHUNK: u32 = 1 << 10;
+// Small where each slot costs the explorer of interleavings something.
+const CHUNK: u32 = if cfg!(feature = "shuttle") {
+    1 << 4
+} else {
+    1 << 10
+};
 const CHUNKS: usize = (MAX_SLOTS / CHUNK) as usize;
 
 /// What a slot is doing.

@@ -1,1 +1,645 @@
+//! Races in the engine, explored by shuttle: `cargo test -p zbdkit-zone --features shuttle`.
+//!
+//! Each test runs a few threads through many interleavings, at random and by priority changes (PCT). Threads
+//! wait only for the engine's events, so that a lost wake-up is a deadlock, which shuttle reports.
+//! `RACES=20` multiplies the number of interleavings.
+
 #![cfg(feature = "shuttle")]
+
+use std::sync::Arc;
+
+use shuttle::rand::{Rng, thread_rng};
+use shuttle::scheduler::{PctScheduler, RandomScheduler};
+use shuttle::sync::{Condvar, Mutex};
+use shuttle::{Config, Runner, thread};
+use zbdkit_zone::{
+    CloseEmpty, Completion, Condition, Engine, Events, ExclusiveOp, ExclusivePermit, Geometry, GeometrySpec,
+    Model, Refused, SlotPool, WritePermit, ZoneError, ZoneNo, ZoneRecord,
+};
+
+const BLOCK: u64 = 512;
+/// Blocks in a zone.
+const ZONE: u64 = 4;
+const EIO: i32 = 5;
+
+fn explore(test: impl Fn() + Send + Sync + 'static) {
+    let times: usize = std::env::var("RACES").map_or(1, |n| n.parse().expect("a number"));
+    let mut config = Config::new();
+    config.silence_warnings = true;
+    let test = Arc::new(test);
+    let pct = Arc::clone(&test);
+    Runner::new(RandomScheduler::new(1000 * times), config.clone()).run(move || test());
+    Runner::new(PctScheduler::new(4, 1000 * times), config).run(move || pct());
+}
+
+/// Lets threads sleep until something was rung since they last listened.
+#[derive(Default)]
+struct Bell {
+    rung: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl Bell {
+    fn ring(&self) {
+        *self.rung.lock().expect("no panic") += 1;
+        self.changed.notify_all();
+    }
+
+    /// Asks until there is an answer, and sleeps in between.
+    fn wait<T>(&self, mut ask: impl FnMut() -> Option<T>) -> T {
+        loop {
+            let heard = *self.rung.lock().expect("no panic");
+            if let Some(answer) = ask() {
+                return answer;
+            }
+            let mut rung = self.rung.lock().expect("no panic");
+            while *rung == heard {
+                rung = self.changed.wait(rung).expect("no panic");
+            }
+        }
+    }
+}
+
+/// One bell a slot and a zone, so that an event for the wrong one wakes nobody; and what was published.
+struct Bells {
+    slots: Vec<Bell>,
+    zones: Vec<Bell>,
+    published: Vec<Mutex<u64>>,
+}
+
+impl Events for Bells {
+    fn publish(&self, zone: ZoneNo, written: u64) {
+        let mut published = self.published[zone.0 as usize].lock().expect("no panic");
+        assert!(written > *published, "the published pointer only grows");
+        *published = written;
+    }
+    fn slot_ready(&self, slot: u32) {
+        self.slots[slot as usize].ring();
+    }
+    fn zone_changed(&self, zone: ZoneNo) {
+        self.zones[zone.0 as usize].ring();
+    }
+}
+
+struct World {
+    engine: Engine,
+    bells: Bells,
+    /// Acknowledged writes: zone, generation (resets before), first and last byte.
+    acked: Mutex<Vec<(ZoneNo, u32, u64, u64)>>,
+    /// Writes between admission and completion, a zone.
+    in_flight: Vec<Mutex<u32>>,
+    /// What a durable table holds.
+    table: Mutex<Vec<ZoneRecord>>,
+}
+
+impl World {
+    fn new(zones: u64, change: impl FnOnce(&mut GeometrySpec)) -> Arc<Self> {
+        let mut spec = GeometrySpec {
+            model: Model::HostManaged,
+            size: zones * ZONE * BLOCK,
+            zone_size: ZONE * BLOCK,
+            zone_capacity: ZONE * BLOCK,
+            nr_conventional: 0,
+            block_size: BLOCK as u32,
+            max_open: 0,
+            max_active: 0,
+            max_append: ZONE * BLOCK,
+        };
+        change(&mut spec);
+        let engine =
+            Engine::new(Geometry::new(spec).expect("valid"), |_| ZoneRecord::default()).expect("valid");
+        fn many<T>(n: u64, new: impl Fn() -> T) -> Vec<T> {
+            (0..n).map(|_| new()).collect()
+        }
+        Arc::new(Self {
+            engine,
+            bells: Bells {
+                slots: many(32, Bell::default),
+                zones: many(zones, Bell::default),
+                published: many(zones, || Mutex::new(0)),
+            },
+            acked: Mutex::new(vec![]),
+            in_flight: many(zones, || Mutex::new(0)),
+            table: Mutex::new(vec![ZoneRecord::default(); zones as usize]),
+        })
+    }
+
+    /// Asks for admission until the answer is not "busy".
+    fn admitted<T>(&self, zone: ZoneNo, mut ask: impl FnMut() -> Result<T, Refused>) -> Result<T, ZoneError> {
+        self.bells.zones[zone.0 as usize].wait(|| match ask() {
+            Ok(permit) => Some(Ok(permit)),
+            Err(Refused::Zone(error)) => Some(Err(error)),
+            Err(Refused::Busy(busy)) => {
+                assert_eq!(busy, zone);
+                None
+            }
+            Err(Refused::NoSlot) => panic!("each thread has the slots that it needs"),
+        })
+    }
+
+    fn append(&self, pool: &mut SlotPool, zone: ZoneNo, blocks: u64) -> Result<WritePermit, ZoneError> {
+        let start = self.engine.geometry().start(zone);
+        self.admitted(zone, || self.engine.admit_append(pool, start, blocks * BLOCK))
+    }
+
+    /// Runs an admitted write to its end, which may fail, and checks what must hold then.
+    fn write(&self, permit: WritePermit, result: Result<(), i32>) -> Result<(), i32> {
+        let (zone, offset, len) = (permit.zone(), permit.offset(), permit.len());
+        let resets = self.engine.info(zone).counters.resets;
+        let flying = |by: i32| {
+            let mut n = self.in_flight[zone.0 as usize].lock().expect("no panic");
+            *n = n.checked_add_signed(by).expect("balanced");
+        };
+        flying(1);
+        thread::yield_now();
+        flying(-1);
+        let outcome = match self.engine.complete(permit, result, &self.bells) {
+            Completion::Prefix(prefix) => {
+                let written = *self.bells.published[zone.0 as usize].lock().expect("no panic");
+                assert!(
+                    written >= prefix.written(),
+                    "published before it can be acknowledged"
+                );
+                assert_eq!(
+                    self.engine.info(zone).counters.resets,
+                    resets,
+                    "no reset before the end"
+                );
+                self.engine.acknowledge(prefix, Ok(()), &self.bells);
+                Ok(())
+            }
+            Completion::Pending(pending) => {
+                let slot = pending.slot() as usize;
+                self.bells.slots[slot].wait(|| self.engine.outcome(&pending))
+            }
+            Completion::Failed(errno) => Err(errno),
+        };
+        if outcome.is_ok() {
+            self.acked
+                .lock()
+                .expect("no panic")
+                .push((zone, resets, offset, offset + len));
+        }
+        outcome
+    }
+
+    /// Waits until the zone is this operation's alone. None where there is nothing to do.
+    fn alone(&self, zone: ZoneNo, op: ExclusiveOp) -> Option<ExclusivePermit> {
+        let permit = self
+            .admitted(zone, || self.engine.begin(zone, op))
+            .expect("allowed")?;
+        self.bells.zones[zone.0 as usize].wait(|| self.engine.drained(&permit).then_some(()));
+        assert_eq!(
+            *self.in_flight[zone.0 as usize].lock().expect("no panic"),
+            0,
+            "no write in flight"
+        );
+        Some(permit)
+    }
+
+    fn reset(&self, zone: ZoneNo) {
+        if let Some(permit) = self.alone(zone, ExclusiveOp::Reset) {
+            *self.bells.published[zone.0 as usize].lock().expect("no panic") = 0;
+            self.engine.commit(permit, &self.bells);
+        }
+    }
+
+    fn finish(&self, zone: ZoneNo) -> u64 {
+        let Some(permit) = self.alone(zone, ExclusiveOp::Finish) else {
+            return 0;
+        };
+        let written = self.engine.info(zone).written_end;
+        assert_eq!(self.engine.record_after(&permit).finishes_and_end(), (1, written));
+        self.engine.commit(permit, &self.bells);
+        written
+    }
+
+    /// That acknowledged writes do not overlap within a generation, and how many bytes the last one has.
+    fn check_acked(&self, zone: ZoneNo) -> u64 {
+        let mut acked = self.acked.lock().expect("no panic").clone();
+        acked.retain(|a| a.0 == zone);
+        acked.sort_unstable();
+        for pair in acked.windows(2) {
+            let ((_, a, _, end), (_, b, start, _)) = (pair[0], pair[1]);
+            assert!(a != b || end <= start, "{pair:?} overlap");
+        }
+        let info = self.engine.info(zone);
+        acked.retain(|a| a.1 == info.counters.resets);
+        assert!(
+            acked.iter().all(|a| a.3 <= info.written_end),
+            "nothing is acknowledged above the written end"
+        );
+        acked.iter().map(|a| a.3 - a.2).sum()
+    }
+
+    fn check_resources(&self) {
+        let (geometry, resources) = (self.engine.geometry(), self.engine.resources());
+        let limit = |limit: u32| if limit == 0 { u32::MAX } else { limit };
+        assert!(resources.open <= limit(geometry.max_open()), "{resources:?}");
+        assert!(resources.active <= limit(geometry.max_active()), "{resources:?}");
+    }
+
+    /// That the counts are those of the conditions, when nobody is at work.
+    fn check_counts(&self) {
+        let count = |which: fn(Condition) -> bool| {
+            let zones = self.engine.geometry().zones();
+            zones
+                .filter(|&zone| which(self.engine.info(zone).condition))
+                .count() as u32
+        };
+        let resources = self.engine.resources();
+        assert_eq!(
+            (resources.open, resources.active),
+            (count(Condition::is_open), count(Condition::is_active))
+        );
+        self.check_resources();
+    }
+
+    fn take_dirty(&self) {
+        let mut table = self.table.lock().expect("no panic");
+        self.engine
+            .take_dirty(&mut |zone, record| table[zone.0 as usize] = record);
+    }
+}
+
+trait Finished {
+    fn finishes_and_end(&self) -> (u32, u64);
+}
+
+impl Finished for ZoneRecord {
+    fn finishes_and_end(&self) -> (u32, u64) {
+        (self.counters.finishes, self.written)
+    }
+}
+
+fn spawn(world: &Arc<World>, work: impl FnOnce(&World) + Send + 'static) -> thread::JoinHandle<()> {
+    let world = Arc::clone(world);
+    thread::spawn(move || work(&world))
+}
+
+fn join(threads: impl IntoIterator<Item = thread::JoinHandle<()>>) {
+    // All of them run before the first is waited for.
+    let threads: Vec<_> = threads.into_iter().collect();
+    threads
+        .into_iter()
+        .for_each(|thread| thread.join().expect("no panic"));
+}
+
+/// One in three fails.
+fn some_fail() -> Result<(), i32> {
+    if thread_rng().gen_range(0..3) == 0 {
+        Err(EIO)
+    } else {
+        Ok(())
+    }
+}
+
+const Z: ZoneNo = ZoneNo(0);
+
+#[test]
+fn acknowledged_appends_never_overlap_and_cover_the_written_end() {
+    explore(|| {
+        let world = World::new(1, |_| ());
+        let appends = |world: &World| {
+            let mut pool = world.engine.slots(2);
+            let first = world.append(&mut pool, Z, 1).expect("room for four");
+            let second = world.append(&mut pool, Z, 1);
+            world.write(first, Ok(())).expect("nothing fails");
+            world
+                .write(second.expect("room for four"), Ok(()))
+                .expect("nothing fails");
+        };
+        join([spawn(&world, appends), spawn(&world, appends)]);
+        assert_eq!(world.check_acked(Z), ZONE * BLOCK);
+        assert_eq!(world.engine.info(Z).condition, Condition::Full);
+        world.check_counts();
+    });
+}
+
+#[test]
+fn a_failure_fails_what_is_above_it_and_the_zone_goes_on_at_the_written_end() {
+    explore(|| {
+        let world = World::new(1, |_| ());
+        let appends = |world: &World| {
+            let mut pool = world.engine.slots(2);
+            for _ in 0..2 {
+                let permit = world.append(&mut pool, Z, 1).expect("room for all");
+                if let Err(errno) = world.write(permit, some_fail()) {
+                    assert_eq!(errno, EIO);
+                }
+            }
+        };
+        join([spawn(&world, appends), spawn(&world, appends)]);
+        let info = world.engine.info(Z);
+        assert_eq!(
+            world.check_acked(Z),
+            info.written_end,
+            "all that counts as written was acknowledged"
+        );
+        let mut pool = world.engine.slots(1);
+        if info.written_end < ZONE * BLOCK {
+            let permit = world.append(&mut pool, Z, 1).expect("the zone goes on");
+            assert_eq!(permit.offset(), info.written_end);
+            world.write(permit, Err(EIO)).expect_err("failed");
+        }
+        let empty = info.written_end == 0;
+        assert_eq!(world.engine.info(Z).condition == Condition::Empty, empty);
+        world.check_counts();
+    });
+}
+
+#[test]
+fn writes_completed_in_any_order_are_acknowledged_or_fail_with_what_is_below_them() {
+    explore(|| {
+        let world = World::new(1, |_| ());
+        // Admitted in order here and completed by four threads in any order.
+        let mut pool = world.engine.slots(4);
+        let permits: Vec<_> = (0..4)
+            .map(|_| world.append(&mut pool, Z, 1).expect("room"))
+            .collect();
+        join(permits.into_iter().map(|permit| {
+            spawn(&world, move |world| {
+                let _ = world.write(permit, some_fail());
+            })
+        }));
+        assert_eq!(world.check_acked(Z), world.engine.info(Z).written_end);
+        let again: Vec<_> = (0..4).map(|_| world.append(&mut pool, Z, 1)).collect();
+        let slots = again.iter().filter(|permit| permit.is_ok()).count() as u64;
+        assert_eq!(
+            slots,
+            ZONE - world.engine.info(Z).written_end / BLOCK,
+            "all slots came back"
+        );
+        for permit in again.into_iter().rev().flatten() {
+            assert!(matches!(
+                world.engine.complete(permit, Err(EIO), &world.bells),
+                Completion::Failed(EIO)
+            ));
+        }
+        world.check_counts();
+    });
+}
+
+#[test]
+fn a_reset_sees_no_writes_in_flight() {
+    explore(|| {
+        let world = World::new(1, |_| ());
+        let appends = |world: &World| {
+            let mut pool = world.engine.slots(2);
+            let first = world.append(&mut pool, Z, 1).expect("room");
+            let second = match world.engine.admit_append(&mut pool, 0, BLOCK) {
+                Ok(permit) => Some(permit),
+                Err(Refused::Busy(_)) => None,
+                Err(refused) => panic!("{refused}"),
+            };
+            let _ = world.write(first, some_fail());
+            let _ = second.map(|permit| world.write(permit, some_fail()));
+        };
+        join([
+            spawn(&world, appends),
+            spawn(&world, appends),
+            spawn(&world, |world| {
+                world.reset(Z);
+                world.reset(Z);
+            }),
+        ]);
+        assert_eq!(world.check_acked(Z), world.engine.info(Z).written_end);
+        world.check_counts();
+    });
+}
+
+#[test]
+fn nothing_is_written_after_a_finish() {
+    explore(|| {
+        let world = World::new(1, |_| ());
+        let appends = |world: &World| {
+            let mut pool = world.engine.slots(1);
+            while let Ok(permit) = world.append(&mut pool, Z, 1) {
+                let _ = world.write(permit, some_fail());
+            }
+        };
+        let finish = |world: &World| {
+            let written = world.finish(Z);
+            let info = world.engine.info(Z);
+            assert!(written == 0 || info.written_end == written);
+            assert_eq!((info.condition, info.wp), (Condition::Full, ZONE * BLOCK));
+        };
+        join([
+            spawn(&world, appends),
+            spawn(&world, appends),
+            spawn(&world, finish),
+        ]);
+        assert_eq!(world.check_acked(Z), world.engine.info(Z).written_end);
+        world.check_counts();
+    });
+}
+
+#[test]
+fn a_reset_waits_for_reads_and_a_read_keeps_its_data() {
+    explore(|| {
+        let world = World::new(1, |_| ());
+        let mut pool = world.engine.slots(1);
+        let permit = world.append(&mut pool, Z, 2).expect("room");
+        world.write(permit, Ok(())).expect("written");
+        let reads = |world: &World| {
+            let permit = world
+                .admitted(Z, || world.engine.admit_read(BLOCK, 2 * BLOCK))
+                .expect("readable");
+            thread::yield_now();
+            assert!(
+                world.engine.info(Z).written_end >= permit.data_len(),
+                "the data is still there"
+            );
+            if permit.data_len() != 0 {
+                assert!(world.engine.info(Z).written_end >= BLOCK + permit.data_len());
+            }
+            world.engine.end_read(permit, &world.bells);
+        };
+        let appends = |world: &World| {
+            let permit = world.append(&mut world.engine.slots(1), Z, 1).expect("room");
+            let _ = world.write(permit, some_fail());
+        };
+        join([
+            spawn(&world, reads),
+            spawn(&world, reads),
+            spawn(&world, |w| w.reset(Z)),
+            spawn(&world, appends),
+        ]);
+        world.check_counts();
+    });
+}
+
+#[test]
+fn an_aborted_operation_lets_everybody_in_again() {
+    explore(|| {
+        let world = World::new(1, |_| ());
+        let appends = |world: &World| {
+            let permit = world.append(&mut world.engine.slots(1), Z, 1).expect("room");
+            world.write(permit, Ok(())).expect("written");
+        };
+        let abort = |op: ExclusiveOp| {
+            move |world: &World| {
+                let permit = world.admitted(Z, || world.engine.begin(Z, op)).expect("allowed");
+                if let Some(permit) = permit {
+                    world.engine.abort(permit, &world.bells);
+                }
+            }
+        };
+        join([
+            spawn(&world, appends),
+            spawn(&world, appends),
+            spawn(&world, abort(ExclusiveOp::Reset)),
+            spawn(&world, abort(ExclusiveOp::SetOffline)),
+        ]);
+        assert_eq!(world.check_acked(Z), 2 * BLOCK);
+        world.check_counts();
+    });
+}
+
+#[test]
+fn limits_are_never_exceeded() {
+    explore(|| {
+        let world = World::new(4, |spec| (spec.max_open, spec.max_active) = (1, 2));
+        let writer = |first: u32| {
+            move |world: &World| {
+                let mut pool = world.engine.slots(1);
+                for zone in [first, (first + 1) % 3, first].map(ZoneNo) {
+                    match world.append(&mut pool, zone, 2) {
+                        Ok(permit) => _ = world.write(permit, some_fail()),
+                        Err(ZoneError::TooManyActive { .. } | ZoneError::TooManyOpen { .. }) => {}
+                        Err(ZoneError::Full { .. } | ZoneError::ExceedsCapacity { .. }) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                    world.check_resources();
+                }
+            }
+        };
+        let operator = |world: &World| {
+            let _ = world.engine.open(ZoneNo(1));
+            world.check_resources();
+            let _ = world.engine.close(ZoneNo(1), CloseEmpty::ToEmpty);
+            world.reset(ZoneNo(0));
+            world.check_resources();
+        };
+        join([
+            spawn(&world, writer(0)),
+            spawn(&world, writer(1)),
+            spawn(&world, operator),
+        ]);
+        for zone in world.engine.geometry().zones() {
+            let start = world.engine.geometry().start(zone);
+            assert_eq!(
+                world.check_acked(zone),
+                world.engine.info(zone).written_end - start
+            );
+        }
+        world.check_counts();
+    });
+}
+
+#[test]
+fn a_request_over_conventional_zones_has_all_or_none() {
+    explore(|| {
+        let world = World::new(4, |spec| spec.nr_conventional = 3);
+        let write = |world: &World| {
+            let mut pool = world.engine.slots(1);
+            let ask = || world.engine.admit_write(&mut pool, BLOCK, 2 * ZONE * BLOCK);
+            let permit = match world.admitted(ZoneNo(1), ask) {
+                Ok(permit) => permit,
+                Err(error) => return assert_eq!(error, ZoneError::Offline { zone: ZoneNo(1) }),
+            };
+            for zone in [0, 1, 2] {
+                *world.in_flight[zone].lock().expect("no panic") += 1;
+            }
+            thread::yield_now();
+            assert_ne!(
+                world.engine.info(ZoneNo(1)).condition,
+                Condition::Offline,
+                "not while it is written"
+            );
+            for zone in [0, 1, 2] {
+                *world.in_flight[zone].lock().expect("no panic") -= 1;
+            }
+            match world.engine.complete(permit, some_fail(), &world.bells) {
+                Completion::Prefix(prefix) => world.engine.acknowledge(prefix, Ok(()), &world.bells),
+                Completion::Failed(errno) => assert_eq!(errno, EIO),
+                Completion::Pending(_) => panic!("conventional writes are not ordered"),
+            }
+        };
+        let operator = |world: &World| {
+            for op in [ExclusiveOp::SetOffline, ExclusiveOp::SetNormal] {
+                let permit = world.alone(ZoneNo(1), op).expect("something to do");
+                world.engine.commit(permit, &world.bells);
+            }
+        };
+        join([
+            spawn(&world, write),
+            spawn(&world, write),
+            spawn(&world, operator),
+        ]);
+        for zone in [0, 1, 2].map(ZoneNo) {
+            assert!(world.alone(zone, ExclusiveOp::SetReadOnly).is_some_and(|permit| {
+                world.engine.commit(permit, &world.bells);
+                true
+            }));
+        }
+    });
+}
+
+#[test]
+fn a_flush_finds_what_was_acknowledged_before_it() {
+    explore(|| {
+        let world = World::new(2, |_| ());
+        let writes = |zone: u32| {
+            move |world: &World| {
+                let zone = ZoneNo(zone);
+                let mut pool = world.engine.slots(1);
+                for _ in 0..2 {
+                    let permit = world.append(&mut pool, zone, 1).expect("room");
+                    let end = permit.offset() + BLOCK - world.engine.geometry().start(zone);
+                    world.write(permit, Ok(())).expect("written");
+                    world.take_dirty();
+                    let table = world.table.lock().expect("no panic");
+                    assert!(
+                        table[zone.0 as usize].written >= end,
+                        "acknowledged before the flush"
+                    );
+                }
+            }
+        };
+        join([
+            spawn(&world, writes(0)),
+            spawn(&world, writes(0)),
+            spawn(&world, writes(1)),
+        ]);
+        world.take_dirty();
+        let table = world.table.lock().expect("no panic");
+        for zone in world.engine.geometry().zones() {
+            assert_eq!(table[zone.0 as usize], world.engine.record(zone));
+        }
+    });
+}
+
+#[test]
+fn slots_that_other_threads_return_are_neither_lost_nor_given_twice() {
+    explore(|| {
+        let world = World::new(2, |_| ());
+        // Both lanes write both zones, so each returns slots that the other took.
+        let lane = |world: &World| {
+            let mut pool = world.engine.slots(2);
+            for _ in 0..2 {
+                let permits: Vec<_> = [0, 1]
+                    .map(|zone| world.append(&mut pool, ZoneNo(zone), 1).expect("room"))
+                    .into();
+                for permit in permits {
+                    world.write(permit, Ok(())).expect("written");
+                }
+            }
+        };
+        join([spawn(&world, lane), spawn(&world, lane)]);
+        assert_eq!(
+            world.check_acked(ZoneNo(0)) + world.check_acked(ZoneNo(1)),
+            2 * ZONE * BLOCK
+        );
+    });
+}
