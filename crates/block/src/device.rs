@@ -9,7 +9,7 @@ use zbdkit_zone::{Engine, Filter, ZoneInfo};
 use crate::error::Error;
 use crate::limits::Limits;
 use crate::node::{CrossZone, Lane, Node, ZoneOp};
-use crate::zoned::ZonedNode;
+use crate::zoned::{ImageStatus, ZonedNode};
 
 /// An opened image. A cheap handle: clones share the graph. Every request is checked here against the root's
 /// limits, so that nodes need not.
@@ -63,6 +63,14 @@ impl Device {
     /// What the opening found that the user should know: repaired damage, writes that may be lost.
     pub fn notices(&self) -> &[String] {
         &self.notices
+    }
+
+    /// What the zone table said when the image was opened, where there is one.
+    pub fn status(&self) -> Option<&ImageStatus> {
+        match &self.root {
+            Root::Zoned(node) => node.status(),
+            Root::Other(_) => None,
+        }
     }
 
     /// The zones, where they are kept by this process.

@@ -23,10 +23,10 @@ pub use create::{
 pub use device::Device;
 pub use error::{Error, OpenError, errno_of};
 pub use file::FileNode;
-pub use graph::{Graph, OpenOptions, format_size, parse_size, run_state_of};
+pub use graph::{Graph, OpenOptions, did_you_mean, format_size, parse_size, run_state_of};
 pub use host::{FileId, FileOptions, Host, HostError, OsHost};
 pub use limits::Limits;
 pub use lock::{Conflict, LockMode};
 pub use node::{CrossZone, Lane, Node, Request, ZoneOp};
 pub use raw::RawNode;
-pub use zoned::{RunStateMode, ZonedNode, ZonedOptions, create_sidecar, default_sidecar};
+pub use zoned::{ImageStatus, RunStateMode, ZonedNode, ZonedOptions, create_sidecar, default_sidecar};

@@ -20,6 +20,7 @@ use crate::node::Node;
 use crate::raw::RawNode;
 use crate::zoned::{RunStateMode, ZonedNode, ZonedOptions, default_sidecar, host_error};
 use options::Options;
+pub use options::did_you_mean;
 pub use size::{format_size, parse_size};
 
 /// How a graph is opened; options in the graph's own description win where there are both.
@@ -94,6 +95,14 @@ impl Graph {
     pub fn from_path(path: impl Into<PathBuf>) -> Graph {
         Graph {
             root: Description::Path(path.into()),
+        }
+    }
+
+    /// The file at the bottom, where there is one.
+    pub fn filename(&self) -> Option<PathBuf> {
+        match &self.root {
+            Description::Path(path) => Some(path.clone()),
+            Description::Tree(tree) => tree.find_string("filename").map(PathBuf::from),
         }
     }
 

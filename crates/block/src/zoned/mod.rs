@@ -27,7 +27,7 @@ use crate::limits::Limits;
 use crate::node::{CrossZone, Lane, Node, Request, ZoneOp};
 use commit::{Committer, Image};
 pub(crate) use open::host_error;
-pub use open::{RunStateMode, ZonedOptions, create_sidecar, default_sidecar};
+pub use open::{ImageStatus, RunStateMode, ZonedOptions, create_sidecar, default_sidecar};
 use waiters::Waiters;
 
 /// Zones over a conventional child.
@@ -37,6 +37,7 @@ pub struct ZonedNode {
     engine: Engine,
     waiters: Waiters,
     durability: Durability,
+    status: Option<ImageStatus>,
 }
 
 /// What outlives the process.
@@ -54,6 +55,11 @@ impl ZonedNode {
     /// The zones.
     pub fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    /// What the zone table said when it was opened; `None` over memory.
+    pub fn status(&self) -> Option<&ImageStatus> {
+        self.status.as_ref()
     }
 
     /// As [`Node::read`], without a box.

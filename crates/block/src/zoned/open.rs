@@ -52,6 +52,19 @@ pub struct ZonedOptions {
     pub lock_wait: Duration,
 }
 
+/// What the zone table said of the image when it was opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageStatus {
+    /// The image's identity.
+    pub uuid: uuid::Uuid,
+    /// The sidecar.
+    pub sidecar: PathBuf,
+    /// The last epoch before this opening, 0 where the image was never opened for writing.
+    pub epoch: u64,
+    /// That epoch was closed. If it was not, somebody has the image open, or died with it.
+    pub clean: bool,
+}
+
 /// Where an image's sidecar is unless told otherwise: `IMAGE.zones`.
 pub fn default_sidecar(image: &Path) -> PathBuf {
     with_suffix(image, ".zones")
@@ -116,6 +129,7 @@ impl ZonedNode {
             Waiters::new(RunState::None),
             Durability::Volatile,
             false,
+            None,
         ))
     }
 
@@ -134,6 +148,7 @@ impl ZonedNode {
         waiters: Waiters,
         durability: Durability,
         read_only: bool,
+        status: Option<ImageStatus>,
     ) -> ZonedNode {
         let mut limits = child.limits().clone();
         limits.size = engine.geometry().size();
@@ -146,6 +161,7 @@ impl ZonedNode {
             engine,
             waiters,
             durability,
+            status,
         }
     }
 }
@@ -280,6 +296,7 @@ impl<'a> Opening<'a> {
     }
 
     async fn finish(mut self) -> Result<(ZonedNode, Vec<String>), OpenError> {
+        let status = Some(self.status());
         let recovered = self.recover().await?;
         let engine = Engine::new(self.geometry, |zone| {
             self.records.get(&zone.0).copied().unwrap_or_default()
@@ -292,7 +309,7 @@ impl<'a> Opening<'a> {
         })?;
         if self.options.read_only {
             let waiters = Waiters::new(RunState::None);
-            let node = ZonedNode::assemble(self.child, engine, waiters, Durability::ReadOnly, true);
+            let node = ZonedNode::assemble(self.child, engine, waiters, Durability::ReadOnly, true, status);
             return Ok((node, self.notices));
         }
         self.settle(recovered).await?;
@@ -302,8 +319,25 @@ impl<'a> Opening<'a> {
             committer: Committer::new(self.table),
             sync_writes,
         };
-        let node = ZonedNode::assemble(self.child, engine, Waiters::new(run_state), durability, false);
+        let node = ZonedNode::assemble(
+            self.child,
+            engine,
+            Waiters::new(run_state),
+            durability,
+            false,
+            status,
+        );
         Ok((node, self.notices))
+    }
+
+    fn status(&self) -> ImageStatus {
+        let header = self.table.header();
+        ImageStatus {
+            uuid: uuid::Uuid::from_bytes(header.uuid),
+            sidecar: self.options.sidecar.clone(),
+            epoch: header.epoch.get(),
+            clean: header.open == 0,
+        }
     }
 
     /// After an epoch that was not closed: takes the written ends from its run state, or says what may be lost.
