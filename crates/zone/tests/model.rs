@@ -472,7 +472,7 @@ fn geometry() -> impl Strategy<Value = Geometry> {
                     size: (full * zone + rest % zone) * block,
                     zone_size: zone * block,
                     zone_capacity: (1 + capacity % zone) * block,
-                    nr_conventional: if conventional % 3 == 0 {
+                    nr_conventional: if conventional.is_multiple_of(3) {
                         conventional / 3 % zones as u32
                     } else {
                         0
@@ -493,7 +493,7 @@ fn records(geometry: &Geometry, seeds: &[u16]) -> Vec<ZoneRecord> {
     let record = |zone: ZoneNo| {
         let seed = seeds[zone.0 as usize % seeds.len()];
         let sequential = !geometry.is_conventional(zone);
-        let blocks = if seed % 3 == 0 && sequential {
+        let blocks = if seed.is_multiple_of(3) && sequential {
             u64::from(seed) / 3
         } else {
             0
