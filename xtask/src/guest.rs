@@ -90,9 +90,16 @@ impl GuestResult {
         };
         let qemu = std::fs::read_to_string(self.logs.join("qemu.log")).unwrap_or_default();
         let mut message = why;
-        for (name, text, lines) in [("output", &self.output, 25), ("console", &self.console, 15), ("QEMU", &qemu, 8)] {
+        for (name, text, lines) in [
+            ("output", &self.output, 25),
+            ("console", &self.console, 15),
+            ("QEMU", &qemu, 8),
+        ] {
             if !text.trim().is_empty() {
-                message += &format!("\n  the end of its {name}:\n{}", proc::indent(&proc::tail(text, lines)));
+                message += &format!(
+                    "\n  the end of its {name}:\n{}",
+                    proc::indent(&proc::tail(text, lines))
+                );
             }
         }
         bail!("{}\n  logs: {}", message.trim_end(), self.logs.display())
@@ -132,12 +139,22 @@ impl<'rig> Guest<'rig> {
     pub fn start(self) -> Result<RunningGuest> {
         let (logs, share) = self.directories()?;
         let mut command = self.command(&share, "script");
-        command.args(["-device", "virtio-serial-pci", "-chardev", "stdio,id=out,signal=off"]);
+        command.args([
+            "-device",
+            "virtio-serial-pci",
+            "-chardev",
+            "stdio,id=out,signal=off",
+        ]);
         command.args(["-device", "virtserialport,chardev=out,name=zbdkit.out"]);
-        command.arg("-serial").arg(format!("file:{}", escape(&logs.join("console.log"))));
+        command
+            .arg("-serial")
+            .arg(format!("file:{}", escape(&logs.join("console.log"))));
         std::fs::write(logs.join("command"), format!("{command:?}\n"))?;
         // An input that ends would close the port; this one stays open, and silent, as long as QEMU runs.
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(logs.join("qemu.log"))?);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(File::create(logs.join("qemu.log"))?);
         let deadline = Instant::now() + self.timeout;
         let mut qemu = Running::start(&mut command, "QEMU")?;
         let output = Arc::new(Output::default());
@@ -147,7 +164,14 @@ impl<'rig> Guest<'rig> {
             let (output, stream) = (Arc::clone(&output), self.stream);
             move || output.fill(pipe, keep, stream)
         });
-        Ok(RunningGuest { qemu, reader: Some(reader), output, logs, share, deadline })
+        Ok(RunningGuest {
+            qemu,
+            reader: Some(reader),
+            output,
+            logs,
+            share,
+            deadline,
+        })
     }
 
     /// Gives the user a shell in the guest, on our own terminal, until they leave it.
@@ -158,14 +182,22 @@ impl<'rig> Guest<'rig> {
         command.args(["-chardev", "stdio,id=tty,signal=off", "-serial", "chardev:tty"]);
         command.stderr(File::create(logs.join("qemu.log"))?);
         // QEMU changes the terminal and restores it, but not if it is killed.
-        let saved = stdin.is_terminal().then(|| rustix::termios::tcgetattr(&stdin)).transpose()?;
-        let status = Running::start(&mut command, "QEMU").and_then(|mut qemu| qemu.wait_for(Duration::MAX / 4));
+        let saved = stdin
+            .is_terminal()
+            .then(|| rustix::termios::tcgetattr(&stdin))
+            .transpose()?;
+        let status =
+            Running::start(&mut command, "QEMU").and_then(|mut qemu| qemu.wait_for(Duration::MAX / 4));
         if let Some(saved) = saved {
             rustix::termios::tcsetattr(&stdin, rustix::termios::OptionalActions::Now, &saved)?;
         }
         let status = status?.context("the guest did not end")?;
         let said = std::fs::read_to_string(logs.join("qemu.log")).unwrap_or_default();
-        ensure!(status.success(), "QEMU failed ({status}):\n{}", proc::indent(&proc::tail(&said, 8)));
+        ensure!(
+            status.success(),
+            "QEMU failed ({status}):\n{}",
+            proc::indent(&proc::tail(&said, 8))
+        );
         Ok(())
     }
 
@@ -182,7 +214,10 @@ impl<'rig> Guest<'rig> {
     }
 
     fn whole_script(&self) -> String {
-        let variables = self.variables.iter().map(|(name, value)| format!("export {name}={}\n", quote(value)));
+        let variables = self
+            .variables
+            .iter()
+            .map(|(name, value)| format!("export {name}={}\n", quote(value)));
         format!("{}{LIBRARY}\n{}", variables.collect::<String>(), self.script)
     }
 
@@ -191,15 +226,26 @@ impl<'rig> Guest<'rig> {
         let mut command = rig.qemu.system();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.args(rig.accel.arguments());
-        command.args(["-machine", "q35,memory-backend=mem", "-smp", &self.vcpus.to_string()]);
+        command.args([
+            "-machine",
+            "q35,memory-backend=mem",
+            "-smp",
+            &self.vcpus.to_string(),
+        ]);
         let memory = self.memory;
         // vhost-user and vfio-user servers map the guest's memory.
-        command.args(["-m", &format!("{memory}M"), "-object"]).arg(format!("memory-backend-memfd,id=mem,size={memory}M,share=on"));
+        command
+            .args(["-m", &format!("{memory}M"), "-object"])
+            .arg(format!("memory-backend-memfd,id=mem,size={memory}M,share=on"));
         command.arg("-kernel").arg(&rig.kernel.image).arg("-initrd").arg(&rig.initrd).arg("-append").arg(format!(
             "console=ttyS0 loglevel=4 panic=-1 mitigations=off nokaslr tsc=reliable nvme_core.multipath=N zbdkit.mode={mode}"
         ));
         for (number, drive) in self.drives.iter().enumerate() {
-            command.args(["-chardev", &format!("socket,id=drive{number},path={}", escape(&drive.socket)), "-device"]);
+            command.args([
+                "-chardev",
+                &format!("socket,id=drive{number},path={}", escape(&drive.socket)),
+                "-device",
+            ]);
             command.arg(format!(
                 "vhost-user-test-device-pci,chardev=drive{number},virtio-id=2,config_size=96,num_vqs={},vq_size={QUEUE_SIZE},addr={:#x}",
                 drive.queues,
@@ -207,10 +253,24 @@ impl<'rig> Guest<'rig> {
             ));
         }
         // The root comes after the drives on the bus, so that the first drive is /dev/vda.
-        command.arg("-drive").arg(format!("if=none,id=root,readonly=on,format=raw,file={}", escape(&rig.root_image)));
-        command.args(["-device", "virtio-blk-pci,drive=root,serial=zbdkit-root,addr=0x1c"]);
-        command.arg("-fsdev").arg(format!("local,id=share,security_model=none,path={}", escape(share)));
-        command.args(["-device", "virtio-9p-pci,fsdev=share,mount_tag=share,addr=0x1d", "-device", "virtio-rng-pci"]);
+        command.arg("-drive").arg(format!(
+            "if=none,id=root,readonly=on,format=raw,file={}",
+            escape(&rig.root_image)
+        ));
+        command.args([
+            "-device",
+            "virtio-blk-pci,drive=root,serial=zbdkit-root,addr=0x1c",
+        ]);
+        command.arg("-fsdev").arg(format!(
+            "local,id=share,security_model=none,path={}",
+            escape(share)
+        ));
+        command.args([
+            "-device",
+            "virtio-9p-pci,fsdev=share,mount_tag=share,addr=0x1d",
+            "-device",
+            "virtio-rng-pci",
+        ]);
         command.args(&self.qemu_args);
         command
     }
@@ -268,9 +328,22 @@ impl RunningGuest {
             }
             let left = self.deadline.saturating_duration_since(Instant::now());
             let shown = proc::indent(&proc::tail(&text.0, 15));
-            ensure!(!text.1, "the guest ended without saying {word:?}:\n{shown}  logs: {}", self.logs.display());
-            ensure!(!left.is_zero(), "the guest did not say {word:?} in time:\n{shown}  logs: {}", self.logs.display());
-            text = self.output.changed.wait_timeout(text, left).unwrap_or_else(PoisonError::into_inner).0;
+            ensure!(
+                !text.1,
+                "the guest ended without saying {word:?}:\n{shown}  logs: {}",
+                self.logs.display()
+            );
+            ensure!(
+                !left.is_zero(),
+                "the guest did not say {word:?} in time:\n{shown}  logs: {}",
+                self.logs.display()
+            );
+            text = self
+                .output
+                .changed
+                .wait_timeout(text, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 
@@ -287,12 +360,21 @@ impl RunningGuest {
     }
 
     fn result(self, ended: bool) -> Result<GuestResult> {
-        let RunningGuest { qemu, reader, output, logs, share, .. } = self;
+        let RunningGuest {
+            qemu,
+            reader,
+            output,
+            logs,
+            share,
+            ..
+        } = self;
         drop(qemu);
         if let Some(reader) = reader {
             let _ = reader.join();
         }
-        let status = std::fs::read_to_string(share.join("status")).ok().and_then(|text| text.trim().parse().ok());
+        let status = std::fs::read_to_string(share.join("status"))
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
         let end = match status {
             Some(status) => End::Script(status),
             None if ended => End::Died,
@@ -300,7 +382,12 @@ impl RunningGuest {
         };
         let console = std::fs::read(logs.join("console.log")).unwrap_or_default();
         let output = std::mem::take(&mut output.text.lock().unwrap_or_else(PoisonError::into_inner).0);
-        Ok(GuestResult { end, output, console: String::from_utf8_lossy(&console).into_owned(), logs })
+        Ok(GuestResult {
+            end,
+            output,
+            console: String::from_utf8_lossy(&console).into_owned(),
+            logs,
+        })
     }
 }
 
@@ -334,7 +421,12 @@ mod tests {
 
     #[test]
     fn a_failed_script_is_an_error_that_shows_its_output_and_names_the_logs() {
-        let result = |end| GuestResult { end, output: "last words".into(), console: String::new(), logs: "/logs".into() };
+        let result = |end| GuestResult {
+            end,
+            output: "last words".into(),
+            console: String::new(),
+            logs: "/logs".into(),
+        };
         assert!(result(End::Script(0)).check().is_ok());
         for end in [End::Script(1), End::Died, End::Killed] {
             let error = result(end).check().unwrap_err().to_string();

@@ -49,8 +49,13 @@ pub struct Running {
 impl Running {
     /// Starts `command`; `what` names it in errors.
     pub fn start(command: &mut Command, what: &str) -> Result<Running> {
-        let child = command.spawn().with_context(|| format!("cannot start {what} ({command:?})"))?;
-        Ok(Running { child, what: what.to_owned() })
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {what} ({command:?})"))?;
+        Ok(Running {
+            child,
+            what: what.to_owned(),
+        })
     }
 
     /// The child, for its pipes.
@@ -60,7 +65,9 @@ impl Running {
 
     /// The exit status when the child has ended.
     pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
-        self.child.try_wait().with_context(|| format!("cannot wait for {}", self.what))
+        self.child
+            .try_wait()
+            .with_context(|| format!("cannot wait for {}", self.what))
     }
 
     /// Waits at most `limit`; `None` means that the child still runs.
@@ -79,8 +86,12 @@ impl Running {
 
     /// Sends `signal` to the child.
     pub fn signal(&self, signal: rustix::process::Signal) -> Result<()> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
-        let Some(pid) = pid else { bail!("{} has no usable process id", self.what) };
+        let pid = i32::try_from(self.child.id())
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
+        let Some(pid) = pid else {
+            bail!("{} has no usable process id", self.what)
+        };
         rustix::process::kill_process(pid, signal).with_context(|| format!("cannot signal {}", self.what))
     }
 }
@@ -100,18 +111,31 @@ impl Drop for Running {
 /// When it cannot be started, takes longer than `limit` (it is killed then) or fails; the error
 /// carries the end of what it printed.
 pub fn capture(command: &mut Command, what: &str, limit: Duration) -> Result<Vec<u8>> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut running = Running::start(command, what)?;
     let stdout = read_in_background(running.child().stdout.take());
     let stderr = read_in_background(running.child().stderr.take());
     let status = running.wait_for(limit)?;
     drop(running);
-    let (stdout, stderr) = (stdout.join().unwrap_or_default(), stderr.join().unwrap_or_default());
+    let (stdout, stderr) = (
+        stdout.join().unwrap_or_default(),
+        stderr.join().unwrap_or_default(),
+    );
     match status {
         Some(status) if status.success() => Ok(stdout),
         Some(status) => {
-            let said = if stderr.trim_ascii().is_empty() { &stdout } else { &stderr };
-            bail!("{what} failed ({status}):\n{}", indent(&tail(&String::from_utf8_lossy(said), 20)))
+            let said = if stderr.trim_ascii().is_empty() {
+                &stdout
+            } else {
+                &stderr
+            };
+            bail!(
+                "{what} failed ({status}):\n{}",
+                indent(&tail(&String::from_utf8_lossy(said), 20))
+            )
         }
         None => bail!("{what} did not end within {} s and was killed", limit.as_secs()),
     }
@@ -121,7 +145,10 @@ pub fn capture(command: &mut Command, what: &str, limit: Duration) -> Result<Vec
 pub fn logged(command: &mut Command, what: &str, log: &Path) -> Result<Running> {
     let file = std::fs::OpenOptions::new().create(true).append(true).open(log);
     let file = file.with_context(|| format!("cannot write {}", log.display()))?;
-    command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+    command
+        .stdin(Stdio::null())
+        .stdout(file.try_clone()?)
+        .stderr(file);
     Running::start(command, what)
 }
 
@@ -153,7 +180,12 @@ mod tests {
 
     #[test]
     fn a_child_over_its_time_limit_is_killed_and_reported() {
-        let error = capture(command("sleep").arg("60"), "the sleeper", Duration::from_millis(50)).unwrap_err();
+        let error = capture(
+            command("sleep").arg("60"),
+            "the sleeper",
+            Duration::from_millis(50),
+        )
+        .unwrap_err();
         assert!(error.to_string().contains("the sleeper did not end"), "{error}");
     }
 
@@ -161,7 +193,9 @@ mod tests {
     fn a_failure_carries_what_the_child_said() {
         let mut shell = command("sh");
         shell.args(["-c", "echo all is lost >&2; exit 3"]);
-        let error = capture(&mut shell, "the shell", Duration::from_secs(10)).unwrap_err().to_string();
+        let error = capture(&mut shell, "the shell", Duration::from_secs(10))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("all is lost") && error.contains('3'), "{error}");
     }
 
@@ -169,7 +203,12 @@ mod tests {
     fn output_larger_than_a_pipe_is_captured_whole() {
         let mut shell = command("sh");
         shell.args(["-c", "head -c 300000 /dev/zero"]);
-        assert_eq!(capture(&mut shell, "head", Duration::from_secs(10)).unwrap().len(), 300_000);
+        assert_eq!(
+            capture(&mut shell, "head", Duration::from_secs(10))
+                .unwrap()
+                .len(),
+            300_000
+        );
     }
 
     #[test]

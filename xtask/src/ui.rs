@@ -32,7 +32,11 @@ pub struct Step {
 impl Step {
     /// Announces the work.
     pub fn start(what: impl Into<String>) -> Step {
-        let step = Step { what: what.into(), started: Instant::now(), terminal: std::io::stderr().is_terminal() };
+        let step = Step {
+            what: what.into(),
+            started: Instant::now(),
+            terminal: std::io::stderr().is_terminal(),
+        };
         if step.terminal {
             eprint!("  {} ...", step.what);
         } else {

@@ -49,20 +49,40 @@ pub fn find(qemu: &Qemu, kernel: &Kernel, initrd: &Path, memory: &Path) -> Resul
         Ok("tcg") => return Ok(Accel::Tcg),
         _ => {}
     }
-    let kvm = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    let kvm = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
     if kvm.is_err() {
         return Ok(Accel::Tcg);
     }
     drop(kvm);
-    let host = format!("{} {}", rustix::system::uname().version().to_string_lossy(), qemu.version()?);
-    let earlier = std::fs::read(memory).ok().and_then(|bytes| serde_json::from_slice::<Remembered>(&bytes).ok());
+    let host = format!(
+        "{} {}",
+        rustix::system::uname().version().to_string_lossy(),
+        qemu.version()?
+    );
+    let earlier = std::fs::read(memory)
+        .ok()
+        .and_then(|bytes| serde_json::from_slice::<Remembered>(&bytes).ok());
     if let Some(earlier) = earlier.filter(|earlier| earlier.host == host) {
         return Ok(earlier.accel);
     }
     let step = Step::start("trying whether /dev/kvm really boots a kernel");
-    let accel = if boots_under_kvm(qemu, kernel, initrd)? { Accel::Kvm } else { Accel::Tcg };
+    let accel = if boots_under_kvm(qemu, kernel, initrd)? {
+        Accel::Kvm
+    } else {
+        Accel::Tcg
+    };
     step.done();
-    eprintln!("  {}", if accel == Accel::Kvm { "it does" } else { "it does not: guests are emulated (TCG), which is slower" });
+    eprintln!(
+        "  {}",
+        if accel == Accel::Kvm {
+            "it does"
+        } else {
+            "it does not: guests are emulated (TCG), which is slower"
+        }
+    );
     std::fs::write(memory, serde_json::to_vec(&Remembered { host, accel })?)?;
     Ok(accel)
 }
@@ -70,12 +90,31 @@ pub fn find(qemu: &Qemu, kernel: &Kernel, initrd: &Path, memory: &Path) -> Resul
 fn boots_under_kvm(qemu: &Qemu, kernel: &Kernel, initrd: &Path) -> Result<bool> {
     let console = tempfile::NamedTempFile::new()?;
     let mut command = qemu.system();
-    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", "q35", "-m", "256"]);
+    command.args([
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-machine",
+        "q35",
+        "-m",
+        "256",
+    ]);
     command.args(Accel::Kvm.arguments());
-    command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initrd);
+    command
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(initrd);
     command.args(["-append", "console=ttyS0 loglevel=4 panic=-1 zbdkit.mode=probe"]);
-    command.arg("-serial").arg(format!("file:{}", console.path().display()));
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .arg("-serial")
+        .arg(format!("file:{}", console.path().display()));
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     let mut running = Running::start(&mut command, "a trial guest")?;
     let ended = running.wait_for(LIMIT)?;
     drop(running);

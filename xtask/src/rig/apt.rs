@@ -45,13 +45,25 @@ impl Apt {
             std::fs::create_dir_all(directory.join(name))?;
         }
         std::fs::write(directory.join("status"), "")?;
-        std::fs::write(directory.join("sources.list"), source_lines(&archive, &key_ring(&archive)?))?;
+        std::fs::write(
+            directory.join("sources.list"),
+            source_lines(&archive, &key_ring(&archive)?),
+        )?;
         let dump = proc::capture(proc::command("apt-config").arg("dump"), "apt-config", LOCAL_LIMIT)?;
         let config = private_config(directory, &String::from_utf8_lossy(&dump));
         std::fs::write(directory.join("apt.conf"), config)?;
-        let apt = Apt { directory: directory.to_owned() };
-        let step = Step::start(format!("getting the package lists of Debian {RELEASE} from {}", archive.uri));
-        proc::capture(apt.get().args(["-qq", "update"]), "apt-get update", DOWNLOAD_LIMIT)?;
+        let apt = Apt {
+            directory: directory.to_owned(),
+        };
+        let step = Step::start(format!(
+            "getting the package lists of Debian {RELEASE} from {}",
+            archive.uri
+        ));
+        proc::capture(
+            apt.get().args(["-qq", "update"]),
+            "apt-get update",
+            DOWNLOAD_LIMIT,
+        )?;
         step.done();
         Ok(apt)
     }
@@ -62,17 +74,33 @@ impl Apt {
     }
 
     /// Like [`Apt::download`], but only the files of the closure that `wanted` says yes to.
-    pub fn download_where(&self, why: &str, packages: &[&str], wanted: fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+    pub fn download_where(
+        &self,
+        why: &str,
+        packages: &[&str],
+        wanted: fn(&str) -> bool,
+    ) -> Result<Vec<PathBuf>> {
         let closure = self.closure(packages)?;
         let archives: Vec<&Archive> = closure.iter().filter(|archive| wanted(&archive.file)).collect();
-        ensure!(!archives.is_empty(), "apt found nothing to download for {packages:?}");
+        ensure!(
+            !archives.is_empty(),
+            "apt found nothing to download for {packages:?}"
+        );
         let total: u64 = archives.iter().map(|archive| archive.size).sum();
-        let step = Step::start(format!("downloading {why}: {} packages, {} MB", archives.len(), total / 1_000_000));
-        let names: Vec<String> = archives.iter().map(|archive| name_and_version(&archive.file)).collect();
+        let step = Step::start(format!(
+            "downloading {why}: {} packages, {} MB",
+            archives.len(),
+            total / 1_000_000
+        ));
+        let names: Vec<String> = archives
+            .iter()
+            .map(|archive| name_and_version(&archive.file))
+            .collect();
         let mut get = self.get();
         let into = self.archives();
         if archives.len() == closure.len() {
-            get.args(["-y", "-q", "--download-only", "-t", BACKPORTS, "install"]).args(packages);
+            get.args(["-y", "-q", "--download-only", "-t", BACKPORTS, "install"])
+                .args(packages);
         } else {
             get.args(["-q", "download"]).args(&names).current_dir(&into);
         }
@@ -83,13 +111,21 @@ impl Apt {
             if let Some(status) = running.wait_for(Duration::from_millis(500))? {
                 break status;
             }
-            ensure!(std::time::Instant::now() < deadline, "the download did not end in time; see {}", log.display());
+            ensure!(
+                std::time::Instant::now() < deadline,
+                "the download did not end in time; see {}",
+                log.display()
+            );
             let have: u64 = archives.iter().map(|archive| present(&into, &archive.file)).sum();
             step.progress(&format!("{} of {} MB", have / 1_000_000, total / 1_000_000));
         };
         if !status.success() {
             let said = std::fs::read_to_string(&log).unwrap_or_default();
-            bail!("apt-get failed ({status}):\n{}see {}", proc::indent(&proc::tail(&said, 12)), log.display());
+            bail!(
+                "apt-get failed ({status}):\n{}see {}",
+                proc::indent(&proc::tail(&said, 12)),
+                log.display()
+            );
         }
         step.done();
         let files: Vec<PathBuf> = archives.iter().map(|archive| into.join(&archive.file)).collect();
@@ -104,15 +140,30 @@ impl Apt {
         std::fs::create_dir_all(into)?;
         let version = self.candidate(package)?;
         let mut get = self.get();
-        get.args(["-qq", "--download-only", "--only-source", "source", &format!("{package}={version}")]).current_dir(into);
+        get.args([
+            "-qq",
+            "--download-only",
+            "--only-source",
+            "source",
+            &format!("{package}={version}"),
+        ])
+        .current_dir(into);
         proc::capture(&mut get, "apt-get source", DOWNLOAD_LIMIT)?;
         let mut entries = std::fs::read_dir(into)?.flatten().map(|entry| entry.path());
         let prefix = format!("{package}_");
         let is_source = |path: &PathBuf| {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let name = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
             name.starts_with(&prefix) && name.contains(".orig.tar.") && !name.ends_with(".asc")
         };
-        entries.find(is_source).with_context(|| format!("apt-get source left no tar ball of {package} in {}", into.display()))
+        entries.find(is_source).with_context(|| {
+            format!(
+                "apt-get source left no tar ball of {package} in {}",
+                into.display()
+            )
+        })
     }
 
     /// The version of `package` that the guest gets.
@@ -122,14 +173,21 @@ impl Apt {
         let file = files.iter().find(|archive| archive.file.starts_with(&prefix));
         let file = file.with_context(|| format!("Debian {RELEASE} has no package {package}"))?;
         let name = name_and_version(&file.file);
-        Ok(name.split_once('=').map(|(_, version)| version.to_owned()).unwrap_or_default())
+        Ok(name
+            .split_once('=')
+            .map(|(_, version)| version.to_owned())
+            .unwrap_or_default())
     }
 
     fn closure(&self, packages: &[&str]) -> Result<Vec<Archive>> {
         let mut get = self.get();
         // With an archive directory that holds nothing, files that are here already are listed as well.
-        get.arg("-o").arg(format!("Dir::Cache::archives={}", self.directory.join("empty").display()));
-        get.args(["-y", "-qq", "--print-uris", "-t", BACKPORTS, "install"]).args(packages);
+        get.arg("-o").arg(format!(
+            "Dir::Cache::archives={}",
+            self.directory.join("empty").display()
+        ));
+        get.args(["-y", "-qq", "--print-uris", "-t", BACKPORTS, "install"])
+            .args(packages);
         let listing = proc::capture(&mut get, "apt-get --print-uris", LOCAL_LIMIT)?;
         Ok(parse_uris(&String::from_utf8_lossy(&listing)))
     }
@@ -141,7 +199,9 @@ impl Apt {
     fn get(&self) -> std::process::Command {
         let mut command = proc::command("apt-get");
         command.env("APT_CONFIG", self.directory.join("apt.conf"));
-        command.env("LC_ALL", "C.UTF-8").env("DEBIAN_FRONTEND", "noninteractive");
+        command
+            .env("LC_ALL", "C.UTF-8")
+            .env("DEBIAN_FRONTEND", "noninteractive");
         command
     }
 }
@@ -154,7 +214,8 @@ fn present(archives: &Path, file: &str) -> u64 {
 
 /// The key ring: Debian's own, or else the one that the machine's entry names.
 fn key_ring(archive: &Source) -> Result<PathBuf> {
-    let usual = ["gpg", "pgp"].map(|end| PathBuf::from(format!("/usr/share/keyrings/debian-archive-keyring.{end}")));
+    let usual =
+        ["gpg", "pgp"].map(|end| PathBuf::from(format!("/usr/share/keyrings/debian-archive-keyring.{end}")));
     usual
         .into_iter()
         .chain(archive.signed_by.clone())
@@ -166,7 +227,11 @@ fn source_lines(archive: &Source, key_ring: &Path) -> String {
     let mut lines = String::new();
     for kind in ["deb", "deb-src"] {
         for suite in [RELEASE, BACKPORTS] {
-            lines += &format!("{kind} [signed-by={}] {} {suite} main\n", key_ring.display(), archive.uri);
+            lines += &format!(
+                "{kind} [signed-by={}] {} {suite} main\n",
+                key_ring.display(),
+                archive.uri
+            );
         }
     }
     lines
@@ -201,9 +266,19 @@ fn private_config(directory: &Path, dump: &str) -> String {
 
 /// Whether a line of the dump says how to reach archives, as opposed to what to fetch from them.
 fn is_transport_setting(line: &str) -> bool {
-    let Some(rest) = line.strip_prefix("Acquire::") else { return false };
+    let Some(rest) = line.strip_prefix("Acquire::") else {
+        return false;
+    };
     let what = rest.split([':', ' ']).next().unwrap_or_default();
-    !["IndexTargets", "Changelogs", "Languages", "CompressionTypes", "GzipIndexes", "cdrom"].contains(&what)
+    ![
+        "IndexTargets",
+        "Changelogs",
+        "Languages",
+        "CompressionTypes",
+        "GzipIndexes",
+        "cdrom",
+    ]
+    .contains(&what)
         && !line.trim_end().ends_with("\"\";")
 }
 
@@ -211,7 +286,10 @@ fn is_transport_setting(line: &str) -> bool {
 fn parse_uris(listing: &str) -> Vec<Archive> {
     let parse = |line: &str| {
         let mut words = line.strip_prefix('\'')?.split_whitespace().skip(1);
-        Some(Archive { file: words.next()?.to_owned(), size: words.next()?.parse().ok()? })
+        Some(Archive {
+            file: words.next()?.to_owned(),
+            size: words.next()?.parse().ok()?,
+        })
     };
     listing.lines().filter_map(parse).collect()
 }
@@ -234,7 +312,13 @@ mod tests {
             'http://m.example/pool/q/q.deb' qemu-utils_1%3a11.1_amd64.deb 33 SHA256:11\n";
         let archives = parse_uris(listing);
         assert_eq!(archives.len(), 2);
-        assert_eq!(archives[0], Archive { file: "fio_3.39-1_amd64.deb".into(), size: 712 });
+        assert_eq!(
+            archives[0],
+            Archive {
+                file: "fio_3.39-1_amd64.deb".into(),
+                size: 712
+            }
+        );
         assert_eq!(name_and_version(&archives[1].file), "qemu-utils=1:11.1");
     }
 

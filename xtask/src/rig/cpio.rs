@@ -45,7 +45,9 @@ impl Cpio {
         let name_size = u32::try_from(name.len() + 1).expect("names are short");
         let links = if mode & DIRECTORY != 0 { 2 } else { 1 };
         // inode, mode, uid, gid, links, time, size, device of the file, device it is, name size, checksum
-        let fields = [self.inode, mode, 0, 0, links, 0, size, 0, 0, device.0, device.1, name_size, 0];
+        let fields = [
+            self.inode, mode, 0, 0, links, 0, size, 0, 0, device.0, device.1, name_size, 0,
+        ];
         self.bytes.extend_from_slice(HEADER.as_bytes());
         for field in fields {
             self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
@@ -84,7 +86,12 @@ mod tests {
             if name == "TRAILER!!!" {
                 return entries;
             }
-            entries.push((name, field(1), (field(9), field(10)), archive[data..data + size].to_vec()));
+            entries.push((
+                name,
+                field(1),
+                (field(9), field(10)),
+                archive[data..data + size].to_vec(),
+            ));
             at = (data + size).next_multiple_of(4);
         }
     }
@@ -103,7 +110,10 @@ mod tests {
         assert_eq!(entries[0], ("dev".into(), 0o040_755, (0, 0), vec![]));
         assert_eq!(entries[1], ("dev/console".into(), 0o020_600, (5, 1), vec![]));
         for (length, entry) in entries[2..].iter().enumerate() {
-            assert_eq!(*entry, ("n".repeat(length + 1), 0o100_755, (0, 0), vec![7; length]));
+            assert_eq!(
+                *entry,
+                ("n".repeat(length + 1), 0o100_755, (0, 0), vec![7; length])
+            );
         }
         assert_eq!(entries.len(), 11);
     }

@@ -12,7 +12,15 @@ pub const INIT: &str = include_str!("../../guest/init");
 pub const RC: &str = include_str!("../../guest/rc");
 
 /// What it takes to reach the root image, the shared directory and the output port.
-const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console", "9pnet_virtio", "9p", "ext4", "overlay"];
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "9pnet_virtio",
+    "9p",
+    "ext4",
+    "overlay",
+];
 
 /// Writes the initial root for `kernel` to `into`, not compressed: unpacking costs an emulated machine more than reading.
 pub fn write(into: &Path, busybox: &Path, kernel: &Kernel) -> Result<()> {

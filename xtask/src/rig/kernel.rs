@@ -61,7 +61,11 @@ pub struct Kernel {
 impl Kernel {
     /// The release, such as `7.2.12+deb13-amd64`, which is the name of the module directory.
     pub fn release(&self) -> String {
-        self.modules.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        self.modules
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
     }
 }
 
@@ -76,10 +80,16 @@ pub fn finish(directory: &Path, tools: &Tree) -> Result<()> {
     }
     let step = Step::start("uncompressing and indexing the kernel's modules");
     let mut compressed = Vec::new();
-    find_files(&modules.join("kernel"), &mut compressed, &|name| name.ends_with(".ko.xz"))?;
+    find_files(&modules.join("kernel"), &mut compressed, &|name| {
+        name.ends_with(".ko.xz")
+    })?;
     for some in compressed.chunks(200) {
         let mut xz = tools.command("usr/bin/xz");
-        proc::capture(xz.args(["--decompress", "--threads=2", "--"]).args(some), "xz", LIMIT)?;
+        proc::capture(
+            xz.args(["--decompress", "--threads=2", "--"]).args(some),
+            "xz",
+            LIMIT,
+        )?;
     }
     index(directory, &modules, tools)?;
     step.done();
@@ -90,8 +100,15 @@ pub fn finish(directory: &Path, tools: &Tree) -> Result<()> {
 /// The kernel that [`finish`] left in `directory`.
 pub fn at(directory: &Path) -> Result<Kernel> {
     let unpacked = directory.join("vmlinux");
-    let image = if unpacked.is_file() { unpacked } else { image_below(directory)? };
-    Ok(Kernel { image, modules: modules_below(directory)? })
+    let image = if unpacked.is_file() {
+        unpacked
+    } else {
+        image_below(directory)?
+    };
+    Ok(Kernel {
+        image,
+        modules: modules_below(directory)?,
+    })
 }
 
 fn index(directory: &Path, modules: &Path, tools: &Tree) -> Result<()> {
@@ -104,17 +121,25 @@ fn index(directory: &Path, modules: &Path, tools: &Tree) -> Result<()> {
 fn modules_below(directory: &Path) -> Result<PathBuf> {
     let parent = directory.join("usr/lib/modules");
     let entries = std::fs::read_dir(&parent).with_context(|| format!("cannot read {}", parent.display()))?;
-    entries.flatten().map(|entry| entry.path()).next().context("the kernel package has no modules")
+    entries
+        .flatten()
+        .map(|entry| entry.path())
+        .next()
+        .context("the kernel package has no modules")
 }
 
 fn image_below(directory: &Path) -> Result<PathBuf> {
     let mut found = Vec::new();
     find_files(directory, &mut found, &|name| name.starts_with("vmlinuz"))?;
-    found.into_iter().next().context("the kernel package has no vmlinuz")
+    found
+        .into_iter()
+        .next()
+        .context("the kernel package has no vmlinuz")
 }
 
 fn find_files(directory: &Path, found: &mut Vec<PathBuf>, wanted: &dyn Fn(&str) -> bool) -> Result<()> {
-    let entries = std::fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
+    let entries =
+        std::fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
     for entry in entries {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
@@ -130,14 +155,22 @@ fn find_files(directory: &Path, found: &mut Vec<PathBuf>, wanted: &dyn Fn(&str) 
 /// Leaves nothing where the compression is one that we do not know: then the bzImage is started.
 fn unpack_image(bz_image: &Path, into: &Path, tools: &Tree) -> Result<()> {
     let bytes = std::fs::read(bz_image).with_context(|| format!("cannot read {}", bz_image.display()))?;
-    let Some(payload) = payload(&bytes) else { return Ok(()) };
-    let Some((program, payload)) = decompressor(payload) else { return Ok(()) };
+    let Some(payload) = payload(&bytes) else {
+        return Ok(());
+    };
+    let Some((program, payload)) = decompressor(payload) else {
+        return Ok(());
+    };
     let packed = into.with_extension("packed");
     std::fs::write(&packed, payload)?;
     let mut unpack = tools.command(program);
     let unpacked = proc::capture(unpack.args(["-d", "-c"]).arg(&packed), program, LIMIT)?;
     std::fs::remove_file(&packed)?;
-    ensure!(unpacked.starts_with(b"\x7fELF"), "{} does not hold an ELF kernel", bz_image.display());
+    ensure!(
+        unpacked.starts_with(b"\x7fELF"),
+        "{} does not hold an ELF kernel",
+        bz_image.display()
+    );
     std::fs::write(into, unpacked).with_context(|| format!("cannot write {}", into.display()))
 }
 
@@ -171,14 +204,19 @@ fn decompressor(payload: &[u8]) -> Option<(&'static str, &[u8])> {
 /// Modules that are built in need no file.
 pub fn load_order(modules: &Path, wanted: &[&str]) -> Result<Vec<PathBuf>> {
     let read = |name: &str| {
-        std::fs::read_to_string(modules.join(name)).with_context(|| format!("cannot read {name} in {}", modules.display()))
+        std::fs::read_to_string(modules.join(name))
+            .with_context(|| format!("cannot read {name} in {}", modules.display()))
     };
     let dependencies = parse_dependencies(&read("modules.dep")?);
     let built_in: Vec<String> = read("modules.builtin")?.lines().map(module_name).collect();
     let mut order: Vec<String> = Vec::new();
     for want in wanted {
         let Some((path, needs)) = dependencies.get(*want) else {
-            ensure!(built_in.iter().any(|name| name == want), "the kernel in {} has no module {want}", modules.display());
+            ensure!(
+                built_in.iter().any(|name| name == want),
+                "the kernel in {} has no module {want}",
+                modules.display()
+            );
             continue;
         };
         // modules.dep lists the needs of a module with the deepest last.
@@ -195,7 +233,13 @@ pub fn load_order(modules: &Path, wanted: &[&str]) -> Result<Vec<PathBuf>> {
 fn parse_dependencies(text: &str) -> BTreeMap<String, (String, Vec<String>)> {
     let parse = |line: &str| {
         let (path, needs) = line.split_once(':')?;
-        Some((module_name(path), (path.to_owned(), needs.split_whitespace().map(str::to_owned).collect())))
+        Some((
+            module_name(path),
+            (
+                path.to_owned(),
+                needs.split_whitespace().map(str::to_owned).collect(),
+            ),
+        ))
     };
     text.lines().filter_map(parse).collect()
 }
@@ -208,11 +252,22 @@ fn module_name(path: &str) -> String {
 
 /// The variables that name a kernel of the user's own.
 pub fn from_environment() -> Result<Option<Kernel>> {
-    let (image, modules): (Option<OsString>, Option<OsString>) =
-        (std::env::var_os("ZBDKIT_KERNEL"), std::env::var_os("ZBDKIT_MODULES"));
-    let (Some(image), Some(modules)) = (image, modules) else { return Ok(None) };
-    let kernel = Kernel { image: image.into(), modules: modules.into() };
-    ensure!(kernel.image.is_file(), "ZBDKIT_KERNEL={} is not a file", kernel.image.display());
+    let (image, modules): (Option<OsString>, Option<OsString>) = (
+        std::env::var_os("ZBDKIT_KERNEL"),
+        std::env::var_os("ZBDKIT_MODULES"),
+    );
+    let (Some(image), Some(modules)) = (image, modules) else {
+        return Ok(None);
+    };
+    let kernel = Kernel {
+        image: image.into(),
+        modules: modules.into(),
+    };
+    ensure!(
+        kernel.image.is_file(),
+        "ZBDKIT_KERNEL={} is not a file",
+        kernel.image.display()
+    );
     ensure!(
         kernel.modules.join("modules.dep").is_file(),
         "ZBDKIT_MODULES={} is not a directory /lib/modules/RELEASE with a modules.dep",
@@ -232,9 +287,16 @@ mod tests {
             kernel/net/9p/9pnet.ko: kernel/fs/netfs/netfs.ko\nkernel/fs/netfs/netfs.ko:\n\
             kernel/lib/crc-x.ko:\n";
         std::fs::write(directory.path().join("modules.dep"), dep).unwrap();
-        std::fs::write(directory.path().join("modules.builtin"), "kernel/drivers/virtio/virtio_pci.ko\n").unwrap();
+        std::fs::write(
+            directory.path().join("modules.builtin"),
+            "kernel/drivers/virtio/virtio_pci.ko\n",
+        )
+        .unwrap();
         let order = load_order(directory.path(), &["virtio_pci", "9p", "crc_x"]).unwrap();
-        let names: Vec<String> = order.iter().map(|path| module_name(path.to_str().unwrap())).collect();
+        let names: Vec<String> = order
+            .iter()
+            .map(|path| module_name(path.to_str().unwrap()))
+            .collect();
         assert_eq!(names, ["netfs", "9pnet", "9p", "crc_x"]);
         assert!(load_order(directory.path(), &["nosuch"]).is_err());
     }

@@ -36,10 +36,47 @@ const QEMU_PACKAGES: &[&str] = &["qemu-system-x86", "qemu-utils", "seabios"];
 
 /// A guest is a small Debian with every tool of the zoned world.
 const GUEST_PACKAGES: &[&str] = &[
-    "base-files", "base-passwd", "bash", "bc", "blktrace", "btrfs-progs", "busybox-static", "coreutils", "dash",
-    "diffutils", "dm-zoned-tools", "dmsetup", "e2fsprogs", "f2fs-tools", "findutils", "fio", "gawk", "grep", "gzip",
-    "hostname", "iproute2", "jq", "kmod", "less", "libc-bin", "mount", "ncurses-base", "nvme-cli", "pciutils", "procps", "psmisc",
-    "sed", "sg3-utils", "strace", "tar", "udev", "util-linux", "xfsprogs", "xz-utils", "zbd-utils", "zonefs-tools",
+    "base-files",
+    "base-passwd",
+    "bash",
+    "bc",
+    "blktrace",
+    "btrfs-progs",
+    "busybox-static",
+    "coreutils",
+    "dash",
+    "diffutils",
+    "dm-zoned-tools",
+    "dmsetup",
+    "e2fsprogs",
+    "f2fs-tools",
+    "findutils",
+    "fio",
+    "gawk",
+    "grep",
+    "gzip",
+    "hostname",
+    "iproute2",
+    "jq",
+    "kmod",
+    "less",
+    "libc-bin",
+    "mount",
+    "ncurses-base",
+    "nvme-cli",
+    "pciutils",
+    "procps",
+    "psmisc",
+    "sed",
+    "sg3-utils",
+    "strace",
+    "tar",
+    "udev",
+    "util-linux",
+    "xfsprogs",
+    "xz-utils",
+    "zbd-utils",
+    "zonefs-tools",
     "zstd",
 ];
 
@@ -69,28 +106,47 @@ impl Rig {
     /// Makes what is missing, saying what and why; does nothing the second time.
     pub fn prepare() -> Result<Rig> {
         let directory = directory();
-        std::fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+        std::fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
         let _lock = lock(&directory)?;
-        let maker = Maker { directory: directory.clone(), apt: OnceCell::new() };
+        let maker = Maker {
+            directory: directory.clone(),
+            apt: OnceCell::new(),
+        };
         let qemu = maker.qemu()?;
         let guest = maker.guest_tree()?;
         let kernel = maker.kernel(&guest)?;
         let initrd = maker.initrd(&guest, &kernel)?;
         let root_image = maker.root_image(&guest, &kernel)?;
         let accel = accel::find(&qemu, &kernel, &initrd, &directory.join("accel.json"))?;
-        Ok(Rig { directory, qemu, kernel, initrd, root_image, accel })
+        Ok(Rig {
+            directory,
+            qemu,
+            kernel,
+            initrd,
+            root_image,
+            accel,
+        })
     }
 
     /// The unpacked upstream source of a Debian package, in the guest's version, by `tar`.
     pub fn source(&self, package: &str) -> Result<PathBuf> {
         let _lock = lock(&self.directory)?;
-        let maker = Maker { directory: self.directory.clone(), apt: OnceCell::new() };
+        let maker = Maker {
+            directory: self.directory.clone(),
+            apt: OnceCell::new(),
+        };
         maker.part(&format!("source-{package}"), "1", |into| {
             let downloads = self.directory.join("apt/sources");
             let step = Step::start(format!("getting the source of {package}, for its own tests"));
             let archive = maker.apt()?.source(package, &downloads)?;
             let mut tar = proc::command("tar");
-            tar.arg("-x").arg("--strip-components=1").arg("-C").arg(into).arg("-f").arg(&archive);
+            tar.arg("-x")
+                .arg("--strip-components=1")
+                .arg("-C")
+                .arg(into)
+                .arg("-f")
+                .arg(&archive);
             proc::capture(&mut tar, "tar", IMAGE_LIMIT)?;
             step.done();
             Ok(())
@@ -110,7 +166,10 @@ pub fn directory() -> PathBuf {
 fn lock(directory: &Path) -> Result<File> {
     let file = File::create(directory.join("lock"))?;
     if file.try_lock().is_err() {
-        eprintln!("  waiting for another xtask that prepares {}", directory.display());
+        eprintln!(
+            "  waiting for another xtask that prepares {}",
+            directory.display()
+        );
         file.lock()?;
     }
     Ok(file)
@@ -124,7 +183,10 @@ struct Maker {
 impl Maker {
     /// The part `name` made by `make` into an empty directory, unless it is there with the stamp `key`.
     fn part(&self, name: &str, key: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
-        let (path, stamp) = (self.directory.join(name), self.directory.join(format!("{name}.stamp")));
+        let (path, stamp) = (
+            self.directory.join(name),
+            self.directory.join(format!("{name}.stamp")),
+        );
         let key = format!("recipe {RECIPE}\n{key}\n");
         if path.exists() && std::fs::read_to_string(&stamp).is_ok_and(|made| made == key) {
             return Ok(path);
@@ -155,7 +217,9 @@ impl Maker {
             return Ok(qemu);
         }
         let path = self.part("qemu", &QEMU_PACKAGES.join(" "), |into| {
-            let packages = self.apt()?.download("QEMU (there is none >= 10.2 in PATH)", QEMU_PACKAGES)?;
+            let packages = self
+                .apt()?
+                .download("QEMU (there is none >= 10.2 in PATH)", QEMU_PACKAGES)?;
             Tree::unpack(into, &packages, "QEMU").map(drop)
         })?;
         Ok(Qemu::Tree(Tree::at(&path)))
@@ -164,15 +228,26 @@ impl Maker {
     fn guest_tree(&self) -> Result<Tree> {
         if let Some(path) = std::env::var_os("ZBDKIT_GUEST_TREE") {
             let tree = Tree::at(Path::new(&path));
-            for needed in ["usr/bin/bash", "usr/bin/busybox", "usr/bin/fio", "usr/sbin/mke2fs"] {
+            for needed in [
+                "usr/bin/bash",
+                "usr/bin/busybox",
+                "usr/bin/fio",
+                "usr/sbin/mke2fs",
+            ] {
                 if !tree.path(needed).is_file() {
-                    bail!("ZBDKIT_GUEST_TREE={}: it has no {needed}", Path::new(&path).display());
+                    bail!(
+                        "ZBDKIT_GUEST_TREE={}: it has no {needed}",
+                        Path::new(&path).display()
+                    );
                 }
             }
             return Ok(tree);
         }
         let path = self.part("guest", &GUEST_PACKAGES.join(" "), |into| {
-            let packages = self.apt()?.download("the guest's tools (fio, blkzone, btrfs-progs, ...)", GUEST_PACKAGES)?;
+            let packages = self.apt()?.download(
+                "the guest's tools (fio, blkzone, btrfs-progs, ...)",
+                GUEST_PACKAGES,
+            )?;
             tree::finish_guest(&Tree::unpack(into, &packages, "the guest's tools")?)
         })?;
         Ok(Tree::at(&path))
@@ -186,9 +261,14 @@ impl Maker {
             let is_kernel = |file: &str| {
                 ["linux-image-", "linux-binary-", "linux-modules-", "linux-base-"]
                     .iter()
-                    .any(|prefix| file.strip_prefix(prefix).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())))
+                    .any(|prefix| {
+                        file.strip_prefix(prefix)
+                            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+                    })
             };
-            let packages = self.apt()?.download_where("the guest's kernel", &["linux-image-amd64"], is_kernel)?;
+            let packages =
+                self.apt()?
+                    .download_where("the guest's kernel", &["linux-image-amd64"], is_kernel)?;
             Tree::unpack(into, &packages, "the kernel")?;
             kernel::finish(into, tools)
         })?;
@@ -204,7 +284,12 @@ impl Maker {
     }
 
     fn root_image(&self, guest: &Tree, kernel: &Kernel) -> Result<PathBuf> {
-        let key = format!("{}\n{}\n{}", guest.path("").display(), kernel.modules.display(), GUEST_PACKAGES.join(" "));
+        let key = format!(
+            "{}\n{}\n{}",
+            guest.path("").display(),
+            kernel.modules.display(),
+            GUEST_PACKAGES.join(" ")
+        );
         let made = self.part("root", &key, |into| {
             let step = Step::start("making the guest's root image");
             make_root_image(&into.join("root.ext4"), guest, kernel)?;
@@ -223,26 +308,58 @@ fn make_root_image(image: &Path, guest: &Tree, kernel: &Kernel) -> Result<()> {
         std::fs::create_dir_all(to.parent().context("a path without parent")?)?;
         let mut copy = proc::command("cp");
         // Links to the same data where the file system can: nothing is changed in the copy.
-        copy.args(["-a", "--link", "--no-target-directory"]).arg(&from).arg(to);
+        copy.args(["-a", "--link", "--no-target-directory"])
+            .arg(&from)
+            .arg(to);
         if proc::capture(&mut copy, "cp --link", IMAGE_LIMIT).is_err() {
             let mut copy = proc::command("cp");
-            proc::capture(copy.args(["-a", "--no-target-directory"]).arg(&from).arg(to), "cp", IMAGE_LIMIT)?;
+            proc::capture(
+                copy.args(["-a", "--no-target-directory"]).arg(&from).arg(to),
+                "cp",
+                IMAGE_LIMIT,
+            )?;
         }
     }
     let mut usage = proc::command("du");
-    let usage = proc::capture(usage.args(["-s", "--block-size=1"]).arg(&staging), "du", IMAGE_LIMIT)?;
-    let used: u64 = String::from_utf8_lossy(&usage).split_whitespace().next().unwrap_or_default().parse()?;
+    let usage = proc::capture(
+        usage.args(["-s", "--block-size=1"]).arg(&staging),
+        "du",
+        IMAGE_LIMIT,
+    )?;
+    let used: u64 = String::from_utf8_lossy(&usage)
+        .split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .parse()?;
     let size = (used + used / 8 + IMAGE_SLACK) >> 10;
     let mut format = guest.command("usr/sbin/mke2fs");
     format.env("MKE2FS_CONFIG", guest.path("etc/mke2fs.conf"));
-    format.args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal", "-E", "root_owner=0:0", "-L", "zbdkit-root", "-d"]);
+    format.args([
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-m",
+        "0",
+        "-O",
+        "^has_journal",
+        "-E",
+        "root_owner=0:0",
+        "-L",
+        "zbdkit-root",
+        "-d",
+    ]);
     format.arg(&staging).arg(image).arg(format!("{size}k"));
     proc::capture(&mut format, "mke2fs", IMAGE_LIMIT)?;
     remove(&staging)
 }
 
 fn remove(path: &Path) -> Result<()> {
-    let result = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    let result = if path.is_dir() {
+        std::fs::remove_dir_all(path)
+    } else {
+        std::fs::remove_file(path)
+    };
     match result {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))
@@ -254,8 +371,13 @@ fn remove(path: &Path) -> Result<()> {
 /// Says what to install where packages cannot be got by themselves.
 fn can_use_debian() -> Result<()> {
     let id = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let debian = id.lines().any(|line| line.strip_prefix("ID=").is_some_and(|id| id.trim_matches('"') == "debian"));
-    let tools = ["apt-get", "apt-config", "dpkg-deb"].iter().all(|name| proc::find_program(name).is_some());
+    let debian = id.lines().any(|line| {
+        line.strip_prefix("ID=")
+            .is_some_and(|id| id.trim_matches('"') == "debian")
+    });
+    let tools = ["apt-get", "apt-config", "dpkg-deb"]
+        .iter()
+        .all(|name| proc::find_program(name).is_some());
     if debian && tools && cfg!(target_arch = "x86_64") {
         return Ok(());
     }

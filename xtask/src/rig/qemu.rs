@@ -39,6 +39,7 @@ impl Qemu {
     }
 
     /// A command that starts `qemu-storage-daemon`, for the same version.
+    #[allow(dead_code, reason = "the benchmarks compare with it")]
     pub fn storage_daemon(&self) -> Command {
         match self {
             Qemu::Host(program) => proc::command(program.with_file_name("qemu-storage-daemon")),
@@ -54,8 +55,16 @@ impl Qemu {
 
     /// Its version line, such as `QEMU emulator version 11.1.3 (...)`.
     pub fn version(&self) -> Result<String> {
-        let said = proc::capture(self.system().arg("--version"), "qemu-system-x86_64 --version", LIMIT)?;
-        Ok(String::from_utf8_lossy(&said).lines().next().unwrap_or_default().to_owned())
+        let said = proc::capture(
+            self.system().arg("--version"),
+            "qemu-system-x86_64 --version",
+            LIMIT,
+        )?;
+        Ok(String::from_utf8_lossy(&said)
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .to_owned())
     }
 }
 
@@ -65,13 +74,23 @@ pub fn of_the_machine() -> Result<Option<Qemu>> {
         let qemu = Qemu::Host(PathBuf::from(&program));
         let version = qemu.version()?;
         if !new_enough(&version) {
-            bail!("ZBDKIT_QEMU={}: {version}: {}.{} or later is needed", Path::new(&program).display(), OLDEST.0, OLDEST.1);
+            bail!(
+                "ZBDKIT_QEMU={}: {version}: {}.{} or later is needed",
+                Path::new(&program).display(),
+                OLDEST.0,
+                OLDEST.1
+            );
         }
         return Ok(Some(qemu));
     }
-    let Some(program) = proc::find_program("qemu-system-x86_64") else { return Ok(None) };
+    let Some(program) = proc::find_program("qemu-system-x86_64") else {
+        return Ok(None);
+    };
     let qemu = Qemu::Host(program);
-    Ok(qemu.version().is_ok_and(|version| new_enough(&version)).then_some(qemu))
+    Ok(qemu
+        .version()
+        .is_ok_and(|version| new_enough(&version))
+        .then_some(qemu))
 }
 
 /// Whether a version line names a QEMU that passes zones through.
@@ -80,7 +99,10 @@ fn new_enough(version: &str) -> bool {
 }
 
 fn parse_version(line: &str) -> Option<(u32, u32)> {
-    let mut numbers = line.split("version ").nth(1)?.split(|c: char| !c.is_ascii_digit());
+    let mut numbers = line
+        .split("version ")
+        .nth(1)?
+        .split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
@@ -90,7 +112,9 @@ mod tests {
 
     #[test]
     fn versions_are_compared_as_numbers() {
-        assert!(new_enough("QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)"));
+        assert!(new_enough(
+            "QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)"
+        ));
         assert!(new_enough("QEMU emulator version 10.2.0"));
         assert!(!new_enough("QEMU emulator version 10.0.13 (Debian 1:10.0.13+ds)"));
         assert!(!new_enough("QEMU emulator version 9.9"));

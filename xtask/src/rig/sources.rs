@@ -22,12 +22,25 @@ impl Source {
     /// Whether this is a Debian archive as opposed to somebody's repository or the security archive.
     fn is_debian(&self) -> bool {
         const SUITES: [&str; 12] = [
-            "bullseye", "bookworm", "trixie", "forky", "duke", "sid", "oldoldstable", "oldstable", "stable", "testing",
-            "unstable", "experimental",
+            "bullseye",
+            "bookworm",
+            "trixie",
+            "forky",
+            "duke",
+            "sid",
+            "oldoldstable",
+            "oldstable",
+            "stable",
+            "testing",
+            "unstable",
+            "experimental",
         ];
         let base = |suite: &str| suite.split(['-', '/']).next().unwrap_or_default().to_owned();
         self.components.iter().any(|component| component == "main")
-            && self.suites.iter().any(|suite| SUITES.contains(&base(suite).as_str()) && !suite.contains("security"))
+            && self
+                .suites
+                .iter()
+                .any(|suite| SUITES.contains(&base(suite).as_str()) && !suite.contains("security"))
             && !self.uri.ends_with("-security")
     }
 }
@@ -47,7 +60,9 @@ pub fn read_all(etc_apt: &Path) -> Vec<Source> {
     }
     let mut sources = Vec::new();
     for file in files {
-        let Ok(text) = std::fs::read_to_string(&file) else { continue };
+        let Ok(text) = std::fs::read_to_string(&file) else {
+            continue;
+        };
         match file.extension().and_then(|extension| extension.to_str()) {
             Some("list") => sources.extend(parse_one_line(&text)),
             Some("sources") => sources.extend(parse_deb822(&text)),
@@ -72,13 +87,21 @@ fn parse_line(line: &str) -> Option<Source> {
     let mut signed_by = None;
     if let Some(options) = rest.strip_prefix('[') {
         let (options, after) = options.split_once(']')?;
-        signed_by = options.split_whitespace().find_map(|option| option.strip_prefix("signed-by=")).and_then(key_file);
+        signed_by = options
+            .split_whitespace()
+            .find_map(|option| option.strip_prefix("signed-by="))
+            .and_then(key_file);
         rest = after;
     }
     let mut words = rest.split_whitespace().map(str::to_owned);
     let uri = trim_uri(&words.next()?);
     let suites = vec![words.next()?];
-    Some(Source { uri, suites, components: words.collect(), signed_by })
+    Some(Source {
+        uri,
+        suites,
+        components: words.collect(),
+        signed_by,
+    })
 }
 
 /// Parses deb822 stanzas: `Field: value` lines, continued by lines that begin with a blank.
@@ -103,10 +126,15 @@ pub fn parse_deb822(text: &str) -> Vec<Source> {
 
 fn source_of_stanza(stanza: &[(String, String)]) -> Vec<Source> {
     let words = |name: &str| -> Vec<String> {
-        let value = stanza.iter().find(|(field, _)| field == name).map_or("", |(_, value)| value);
+        let value = stanza
+            .iter()
+            .find(|(field, _)| field == name)
+            .map_or("", |(_, value)| value);
         value.split_whitespace().map(str::to_owned).collect()
     };
-    let disabled = words("enabled").iter().any(|word| word.eq_ignore_ascii_case("no"));
+    let disabled = words("enabled")
+        .iter()
+        .any(|word| word.eq_ignore_ascii_case("no"));
     if disabled || !words("types").iter().any(|word| word == "deb") {
         return Vec::new();
     }
@@ -188,11 +216,26 @@ Components: main
     fn the_debian_archive_is_told_from_vendors_and_from_the_security_archive() {
         let etc = tempfile::tempdir().unwrap();
         std::fs::create_dir(etc.path().join("sources.list.d")).unwrap();
-        std::fs::write(etc.path().join("sources.list"), "deb http://s.example/debian-security bookworm-security main\n").unwrap();
-        std::fs::write(etc.path().join("sources.list.d/a.list"), "deb http://docker.example/linux/debian bookworm stable\n").unwrap();
+        std::fs::write(
+            etc.path().join("sources.list"),
+            "deb http://s.example/debian-security bookworm-security main\n",
+        )
+        .unwrap();
+        std::fs::write(
+            etc.path().join("sources.list.d/a.list"),
+            "deb http://docker.example/linux/debian bookworm stable\n",
+        )
+        .unwrap();
         std::fs::write(etc.path().join("sources.list.d/b.sources"), DEB822).unwrap();
-        std::fs::write(etc.path().join("sources.list.d/c.list.disabled"), "deb http://x.example/debian sid main\n").unwrap();
-        assert_eq!(debian_archive(etc.path()).unwrap().uri, "http://mirror.example/debian");
+        std::fs::write(
+            etc.path().join("sources.list.d/c.list.disabled"),
+            "deb http://x.example/debian sid main\n",
+        )
+        .unwrap();
+        assert_eq!(
+            debian_archive(etc.path()).unwrap().uri,
+            "http://mirror.example/debian"
+        );
         assert_eq!(debian_archive(&etc.path().join("missing")), None);
     }
 }

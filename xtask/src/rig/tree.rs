@@ -27,7 +27,9 @@ pub struct Tree {
 impl Tree {
     /// The tree at `root`, which exists already.
     pub fn at(root: &Path) -> Tree {
-        Tree { root: root.to_owned() }
+        Tree {
+            root: root.to_owned(),
+        }
     }
 
     /// A path inside the tree.
@@ -43,7 +45,10 @@ impl Tree {
     /// Like [`Tree::command`] for a program that looks at the name it is called by.
     pub fn command_named(&self, inside: &str, name: impl AsRef<OsStr>) -> Command {
         let mut command = proc::command(self.path("usr/lib64/ld-linux-x86-64.so.2"));
-        command.arg("--inhibit-cache").arg("--library-path").arg(self.path("usr/lib/x86_64-linux-gnu"));
+        command
+            .arg("--inhibit-cache")
+            .arg("--library-path")
+            .arg(self.path("usr/lib/x86_64-linux-gnu"));
         command.arg("--argv0").arg(name).arg(self.path(inside));
         command
     }
@@ -68,12 +73,19 @@ fn unpack_all(root: &Path, packages: &[PathBuf], step: &Step) -> Result<()> {
     let failure = Mutex::new(None);
     let worker = || {
         while let Some(package) = packages.get(next.fetch_add(1, Ordering::Relaxed)) {
-            step.progress(&format!("{} of {}", next.load(Ordering::Relaxed).min(packages.len()), packages.len()));
+            step.progress(&format!(
+                "{} of {}",
+                next.load(Ordering::Relaxed).min(packages.len()),
+                packages.len()
+            ));
             let mut unpack = proc::command("dpkg-deb");
             unpack.arg("--extract").arg(package).arg(root);
             if let Err(error) = proc::capture(&mut unpack, "dpkg-deb", UNPACK_LIMIT) {
                 let error = error.context(format!("cannot unpack {}", package.display()));
-                failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
+                failure
+                    .lock()
+                    .unwrap_or_else(|poisoned| poisoned.into_inner())
+                    .get_or_insert(error);
                 next.store(packages.len(), Ordering::Relaxed);
             }
         }
@@ -82,7 +94,10 @@ fn unpack_all(root: &Path, packages: &[PathBuf], step: &Step) -> Result<()> {
         scope.spawn(worker);
         worker();
     });
-    failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).map_or(Ok(()), Err)
+    failure
+        .into_inner()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+        .map_or(Ok(()), Err)
 }
 
 /// Does for a guest's tree what the packages' scripts would have done on installation, as far as a
@@ -90,22 +105,36 @@ fn unpack_all(root: &Path, packages: &[PathBuf], step: &Step) -> Result<()> {
 pub fn finish_guest(tree: &Tree) -> Result<()> {
     for name in ["passwd", "group"] {
         let master = tree.path(&format!("usr/share/base-passwd/{name}.master"));
-        let text = std::fs::read_to_string(&master).with_context(|| format!("cannot read {}", master.display()))?;
-        write(tree, &format!("etc/{name}"), &(text.replace(":*:", ":x:") + extra_accounts(name)))?;
+        let text =
+            std::fs::read_to_string(&master).with_context(|| format!("cannot read {}", master.display()))?;
+        write(
+            tree,
+            &format!("etc/{name}"),
+            &(text.replace(":*:", ":x:") + extra_accounts(name)),
+        )?;
     }
     write(tree, "etc/shadow", "root::20000:0:99999:7:::\n")?;
     write(tree, "etc/hostname", "guest\n")?;
     write(tree, "etc/hosts", "127.0.0.1 localhost guest\n")?;
     write(tree, "etc/machine-id", "00000000000000000000000000000001\n")?;
     write(tree, "etc/fstab", "")?;
-    for (link, target) in [("etc/mtab", "../proc/self/mounts"), ("usr/bin/awk", "gawk"), ("usr/bin/pager", "less")] {
+    for (link, target) in [
+        ("etc/mtab", "../proc/self/mounts"),
+        ("usr/bin/awk", "gawk"),
+        ("usr/bin/pager", "less"),
+    ] {
         let _ = std::fs::remove_file(tree.path(link));
         symlink(target, tree.path(link)).with_context(|| format!("cannot link {link}"))?;
     }
-    for directory in ["dev", "proc", "sys", "run", "tmp", "mnt", "share", "root", "var/tmp", "var/lib"] {
+    for directory in [
+        "dev", "proc", "sys", "run", "tmp", "mnt", "share", "root", "var/tmp", "var/lib",
+    ] {
         std::fs::create_dir_all(tree.path(directory))?;
     }
-    for unread in ["doc", "man", "locale", "info", "icons", "fonts", "themes", "X11", "bug", "lintian", "gtk-3.0", "glib-2.0", "mime"] {
+    for unread in [
+        "doc", "man", "locale", "info", "icons", "fonts", "themes", "X11", "bug", "lintian", "gtk-3.0",
+        "glib-2.0", "mime",
+    ] {
         let path = tree.path(&format!("usr/share/{unread}"));
         if path.exists() {
             std::fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;

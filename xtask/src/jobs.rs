@@ -1,0 +1,379 @@
+//! `cargo xtask test`: everything that is to pass before a change goes in, quick checks first.
+//!
+//! A guest job is a script that runs in a guest on a new drive of a stated geometry. Its exit status
+//! says whether it passed, its output why not.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+
+use crate::demo::{self, log_of, socket_directory};
+use crate::drive::{Device, Geometry, Zbdkit, remove_image};
+use crate::guest::Guest;
+use crate::proc::{self, Running};
+use crate::rig::Rig;
+use crate::ui::{heading, say};
+
+/// Compiling and running the workspace's own tests takes at most this long.
+const CARGO_LIMIT: Duration = Duration::from_secs(7200);
+
+/// What the user asks for.
+#[derive(Debug, Args)]
+pub struct Test {
+    /// Leaves out everything that needs a guest
+    #[arg(long)]
+    fast: bool,
+    /// What the guest jobs run on: null_blk checks the jobs themselves
+    #[arg(long, value_enum, default_value = "zbdkit")]
+    device: Device,
+    /// Shows the guests' output as it comes
+    #[arg(long, short)]
+    verbose: bool,
+    /// Names the jobs and ends
+    #[arg(long)]
+    list: bool,
+    /// Runs only the jobs whose name contains this
+    filter: Option<String>,
+}
+
+/// How a guest job is played.
+#[derive(Debug, Clone, Copy)]
+enum Play {
+    /// One guest runs this script.
+    Script(&'static str),
+    /// The story of the demonstration.
+    Story,
+    /// The daemon is killed while the first script runs; the second checks what is left.
+    Kill(&'static str, &'static str),
+}
+
+#[derive(Debug)]
+struct Job {
+    name: &'static str,
+    about: &'static str,
+    geometry: Geometry,
+    memory: u32,
+    minutes: u64,
+    play: Play,
+}
+
+const SMALL_ZONES: Geometry = Geometry {
+    size: 1024,
+    zone_size: 16,
+    conventional: 0,
+    max_open: 8,
+    max_active: 12,
+    block_size: 512,
+};
+const WITH_CONVENTIONAL: Geometry = Geometry {
+    size: 2048,
+    zone_size: 16,
+    conventional: 16,
+    max_open: 16,
+    max_active: 24,
+    block_size: 4096,
+};
+/// dm-zoned closes no zones of its own: no limits.
+const FOR_DM_ZONED: Geometry = Geometry {
+    max_open: 0,
+    max_active: 0,
+    ..WITH_CONVENTIONAL
+};
+
+macro_rules! script {
+    ($name:literal) => {
+        include_str!(concat!("../guest/", $name, ".sh"))
+    };
+}
+
+const JOBS: &[Job] = &[
+    Job {
+        name: "lsblk",
+        about: "shown as it was made; the report follows writes, reset, finish, open, close and the limits",
+        geometry: Geometry::DEMO,
+        memory: 1024,
+        minutes: 5,
+        play: Play::Script(script!("lsblk")),
+    },
+    Job {
+        name: "fio-zbd-verify",
+        about: "fio writes zones in sequence and at random and verifies checksums",
+        geometry: SMALL_ZONES,
+        memory: 1024,
+        minutes: 10,
+        play: Play::Script(script!("fio-zbd-verify")),
+    },
+    Job {
+        name: "zonefs",
+        about: "mkzonefs, appending, remount, truncation",
+        geometry: Geometry::DEMO,
+        memory: 1024,
+        minutes: 5,
+        play: Play::Script(script!("zonefs")),
+    },
+    Job {
+        name: "btrfs",
+        about: "files, snapshot, balance, scrub, check",
+        geometry: Geometry {
+            size: 2048,
+            max_open: 12,
+            max_active: 16,
+            ..Geometry::DEMO
+        },
+        memory: 1024,
+        minutes: 10,
+        play: Play::Script(script!("btrfs")),
+    },
+    Job {
+        name: "f2fs",
+        about: "a drive with conventional zones; files, remount, fsck",
+        geometry: WITH_CONVENTIONAL,
+        memory: 1024,
+        minutes: 10,
+        play: Play::Script(script!("f2fs")),
+    },
+    Job {
+        name: "dm-zoned",
+        about: "ext4 on dm-zoned on a drive with conventional zones",
+        geometry: FOR_DM_ZONED,
+        memory: 1024,
+        minutes: 10,
+        play: Play::Script(script!("dm-zoned")),
+    },
+    Job {
+        name: "restart",
+        about: "the demonstration's story: guest and daemon restarted, the file is there",
+        geometry: Geometry::DEMO,
+        memory: 1024,
+        minutes: 10,
+        play: Play::Story,
+    },
+    Job {
+        name: "restart-kill",
+        about: "kill -9 of the daemon under fio; what was acknowledged is there",
+        geometry: SMALL_ZONES,
+        memory: 1024,
+        minutes: 10,
+        play: Play::Kill(script!("kill-first"), script!("kill-second")),
+    },
+];
+
+/// Names and outcomes of what has run.
+#[derive(Debug, Default)]
+struct Tally {
+    passed: Vec<String>,
+    failed: Vec<String>,
+}
+
+impl Tally {
+    /// Runs one check, says how it went, and counts it.
+    fn run(&mut self, name: &str, check: impl FnOnce() -> Result<()>) {
+        let started = Instant::now();
+        let outcome = check();
+        let seconds = started.elapsed().as_secs_f32();
+        match outcome {
+            Ok(()) => {
+                say(&format!("PASS {name} ({seconds:.1} s)"));
+                self.passed.push(name.to_owned());
+            }
+            Err(error) => {
+                say(&format!(
+                    "FAIL {name} ({seconds:.1} s)\n{}",
+                    proc::indent(&format!("{error:#}"))
+                ));
+                self.failed.push(name.to_owned());
+            }
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        say(&format!(
+            "\n{} passed, {} failed",
+            self.passed.len(),
+            self.failed.len()
+        ));
+        ensure!(self.failed.is_empty(), "failed: {}", self.failed.join(", "));
+        ensure!(
+            !self.passed.is_empty(),
+            "no job has that name; see cargo xtask test --list"
+        );
+        Ok(())
+    }
+}
+
+impl Test {
+    /// Runs the checks.
+    pub fn run(self) -> Result<()> {
+        if self.list {
+            for (name, arguments) in QUICK {
+                say(&format!("{name:16} cargo {}", arguments.join(" ")));
+            }
+            for job in JOBS {
+                say(&format!("{:16} {}", job.name, job.about));
+            }
+            return Ok(());
+        }
+        let wanted = |name: &str| self.filter.as_deref().is_none_or(|filter| name.contains(filter));
+        let mut tally = Tally::default();
+        for (name, arguments) in QUICK.iter().filter(|(name, _)| wanted(name)) {
+            heading(&format!("{name}: cargo {}", arguments.join(" ")));
+            tally.run(name, || cargo(arguments));
+        }
+        let jobs: Vec<&Job> = JOBS
+            .iter()
+            .filter(|job| !self.fast && wanted(job.name) && self.can_run(job))
+            .collect();
+        if !jobs.is_empty() {
+            self.run_jobs(&jobs, &mut tally)?;
+        }
+        tally.finish()
+    }
+
+    /// Restarts need a drive that outlives the guest.
+    fn can_run(&self, job: &Job) -> bool {
+        self.device == Device::Zbdkit || matches!(job.play, Play::Script(_))
+    }
+
+    fn run_jobs(&self, jobs: &[&Job], tally: &mut Tally) -> Result<()> {
+        heading("Guests");
+        let zbdkit = if self.device == Device::Zbdkit {
+            Some(Zbdkit::build()?)
+        } else {
+            None
+        };
+        let rig = Rig::prepare()?;
+        for job in jobs {
+            heading(&format!("{}: {}", job.name, job.about));
+            tally.run(job.name, || self.run_job(&rig, zbdkit.as_ref(), job));
+        }
+        Ok(())
+    }
+
+    fn run_job(&self, rig: &Rig, zbdkit: Option<&Zbdkit>, job: &Job) -> Result<()> {
+        let Some(zbdkit) = zbdkit else {
+            let Play::Script(script) = job.play else {
+                bail!("{} needs zbdkit", job.name)
+            };
+            return self.guest(rig, job, "", script).run()?.check().map(drop);
+        };
+        let image = rig.directory.join("images").join(format!("{}.raw", job.name));
+        match job.play {
+            Play::Script(script) => self.on_drive(rig, zbdkit, job, &image, script)?,
+            Play::Story => demo::story(rig, zbdkit, &image, job.name, self.verbose).map(drop)?,
+            Play::Kill(first, second) => self.kill(rig, zbdkit, job, &image, (first, second))?,
+        }
+        // A failed job's image stays for a look at it.
+        remove_image(&image)
+    }
+
+    /// One guest on a new drive; the daemon must outlive it and end cleanly.
+    fn on_drive(
+        &self,
+        rig: &Rig,
+        zbdkit: &Zbdkit,
+        job: &Job,
+        image: &std::path::Path,
+        script: &str,
+    ) -> Result<()> {
+        let sockets = socket_directory()?;
+        zbdkit.create(image, &job.geometry)?;
+        let daemon = zbdkit.serve(image, &sockets.path().join("z.sock"), &log_of(rig, job.name)?)?;
+        let mut guest = self.guest(rig, job, "", script);
+        guest.drives = vec![daemon.drive()];
+        let result = guest.run()?;
+        let stopped = daemon.stop();
+        result.check()?;
+        stopped
+    }
+
+    /// The daemon dies while a guest writes; the guest is cut off too; another one checks the drive.
+    fn kill(
+        &self,
+        rig: &Rig,
+        zbdkit: &Zbdkit,
+        job: &Job,
+        image: &std::path::Path,
+        scripts: (&str, &str),
+    ) -> Result<()> {
+        let sockets = socket_directory()?;
+        let (socket, log) = (sockets.path().join("z.sock"), log_of(rig, job.name)?);
+        zbdkit.create(image, &job.geometry)?;
+        let daemon = zbdkit.serve(image, &socket, &log)?;
+        let mut first = self.guest(rig, job, "-first", scripts.0);
+        first.drives = vec![daemon.drive()];
+        let running = first.start()?;
+        running
+            .wait_for_output("acknowledged 300 blocks")
+            .context("the writers did not get going")?;
+        daemon.kill()?;
+        let cut = running.kill()?;
+        let daemon = zbdkit.serve(image, &socket, &log)?;
+        let mut second = self.guest(rig, job, "-second", scripts.1);
+        second.drives = vec![daemon.drive()];
+        second.share = Some(cut.logs.join("share"));
+        let result = second.run()?;
+        let stopped = daemon.stop();
+        result.check()?;
+        stopped
+    }
+
+    fn guest<'rig>(&self, rig: &'rig Rig, job: &Job, part: &str, script: &str) -> Guest<'rig> {
+        let mut guest = Guest::new(rig, &format!("{}{part}", job.name), script);
+        guest.memory = job.memory;
+        guest.timeout = Duration::from_secs(job.minutes * 60);
+        guest.stream = self.verbose;
+        job.geometry.give_to(guest, self.device)
+    }
+}
+
+/// What needs no guest.
+const QUICK: &[(&str, &[&str])] = &[
+    ("fmt", &["fmt", "--all", "--check"]),
+    (
+        "clippy",
+        &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
+    ),
+    ("unit", &["test", "--workspace"]),
+];
+
+fn cargo(arguments: &[&str]) -> Result<()> {
+    let mut command: Command = proc::command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments).current_dir(crate::workspace());
+    match Running::start(&mut command, "cargo")?.wait_for(CARGO_LIMIT)? {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => bail!("cargo {} failed ({status})", arguments.join(" ")),
+        None => bail!("cargo {} did not end in time", arguments.join(" ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn job_names_are_unique_and_every_geometry_is_whole() {
+        for (number, job) in JOBS.iter().enumerate() {
+            assert!(
+                JOBS[..number].iter().all(|other| other.name != job.name),
+                "{}",
+                job.name
+            );
+            assert_eq!(job.geometry.size % job.geometry.zone_size, 0, "{}", job.name);
+            assert!(job.geometry.max_open <= job.geometry.max_active, "{}", job.name);
+        }
+    }
+
+    #[test]
+    fn a_run_without_any_job_and_a_run_with_a_failure_are_failures() {
+        assert!(Tally::default().finish().is_err());
+        let mut tally = Tally::default();
+        tally.run("good", || Ok(()));
+        tally.run("bad", || bail!("no"));
+        assert!(tally.finish().unwrap_err().to_string().contains("bad"));
+        let mut tally = Tally::default();
+        tally.run("good", || Ok(()));
+        assert!(tally.finish().is_ok());
+    }
+}
