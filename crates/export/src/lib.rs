@@ -2,4 +2,5 @@
 
 mod log_limit;
 pub mod vhost_user;
+pub mod vhost_user_blk;
 mod virtio;

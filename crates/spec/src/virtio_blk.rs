@@ -285,6 +285,18 @@ pub struct ZoneDescriptor {
 
 const _: () = assert!(size_of::<ZoneDescriptor>() == 64);
 
+impl ZoneDescriptor {
+    /// All bytes zero.
+    pub const ZERO: Self = ZoneDescriptor {
+        z_cap: U64::ZERO,
+        z_start: U64::ZERO,
+        z_wp: U64::ZERO,
+        z_type: 0,
+        z_state: 0,
+        reserved: [0; 38],
+    };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

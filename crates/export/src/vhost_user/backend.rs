@@ -41,6 +41,8 @@ pub trait Backend {
     fn set_call(&mut self, index: u16, fd: Option<Arc<OwnedFd>>);
     /// Whether a queue is broken and only a reset helps.
     fn needs_reset(&self) -> bool;
+    /// A front-end connected, and with it maybe another guest.
+    fn connected(&mut self);
     /// No ring runs any more, as after a reset or when the driver is gone: negotiation starts afresh.
     fn quiesced(&mut self);
 }
@@ -50,6 +52,8 @@ pub trait Backend {
 pub struct RingSetup {
     /// Queue.
     pub index: u16,
+    /// What the driver took.
+    pub features: u64,
     /// Entries, a power of two.
     pub size: u16,
     /// Descriptor table.

@@ -97,6 +97,8 @@ pub struct Session<'a, B: Backend> {
     has_memory: bool,
     features: Option<u64>,
     features_refused: bool,
+    /// The backend was told that negotiation starts afresh, and no features came since.
+    quiet: bool,
     protocol_features: u64,
     status: u8,
     release_within: Duration,
@@ -107,6 +109,7 @@ impl<'a, B: Backend> Session<'a, B> {
     /// front-end takes away.
     pub fn new(backend: &'a mut B, release_within: Duration) -> Self {
         let vrings = (0..backend.queues()).map(|_| Vring::default()).collect();
+        backend.connected();
         backend.quiesced();
         Session {
             backend,
@@ -115,6 +118,7 @@ impl<'a, B: Backend> Session<'a, B> {
             has_memory: false,
             features: None,
             features_refused: false,
+            quiet: true,
             protocol_features: 0,
             status: 0,
             release_within,
@@ -211,11 +215,12 @@ impl<'a, B: Backend> Session<'a, B> {
     // Negotiation.
 
     fn set_features(&mut self, features: u64) -> Result<(), Refused> {
-        if self.features == Some(features) && !self.features_refused {
+        if self.features == Some(features) && !self.features_refused && !self.quiet {
             return Ok(());
         }
         self.stop_all()?;
         self.features = Some(features);
+        self.quiet = false;
         let result = self.backend.set_features(features & !wire::F_PROTOCOL_FEATURES);
         self.features_refused = result.is_err();
         self.start_all()?;
@@ -346,7 +351,7 @@ impl<'a, B: Backend> Session<'a, B> {
         let index = self.queue(index)?;
         self.change_ring(index, |vring| vring.kick = None)?;
         if self.vrings.iter().all(|vring| vring.kick.is_none()) {
-            self.backend.quiesced();
+            self.quiesce();
         }
         let base = self.vrings[usize::from(index)].base;
         Ok(Reply::Vring(VringState {
@@ -393,6 +398,7 @@ impl<'a, B: Backend> Session<'a, B> {
         let size = u64::from(vring.size);
         let setup = RingSetup {
             index,
+            features: features & !wire::F_PROTOCOL_FEATURES,
             size: vring.size,
             desc: self.ring_part(index, "descriptor table", addr.descriptor, size * 16, 16)?,
             avail: self.ring_part(index, "avail ring", addr.available, size * 2 + 6, 2)?,
@@ -478,8 +484,13 @@ impl<'a, B: Backend> Session<'a, B> {
                 ..Vring::default()
             };
         }
-        self.backend.quiesced();
+        self.quiesce();
         result
+    }
+
+    fn quiesce(&mut self) {
+        self.quiet = true;
+        self.backend.quiesced();
     }
 }
 

@@ -62,11 +62,6 @@ impl SplitRing {
         })
     }
 
-    /// The descriptor table.
-    pub(crate) fn table(&self) -> Table {
-        self.table
-    }
-
     /// Index of the next chain to take.
     pub(crate) fn next_avail(&self) -> u16 {
         self.next_avail
