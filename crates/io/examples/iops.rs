@@ -72,7 +72,7 @@ fn measure(runtime: &Runtime, file: &File, write: bool, depth: usize) -> (u64, D
         let mut random = 1u64;
         let mut sequence = 0;
         let mut issued = 0usize;
-        while issued % 256 != 0 || start.elapsed() < TIME {
+        while !issued.is_multiple_of(256) || start.elapsed() < TIME {
             random = random
                 .wrapping_mul(6364136223846793005)
                 .wrapping_add(1442695040888963407);

@@ -249,9 +249,7 @@ impl Inner {
     fn turn(&self) {
         self.reactor.borrow_mut().submit();
         self.collect();
-        for waker in self.deferred.take() {
-            waker.wake();
-        }
+        self.wake_deferred();
         if self.ready.borrow().is_empty() {
             self.idle();
             self.collect();
@@ -268,6 +266,16 @@ impl Inner {
         }
         self.spinner.poll();
         self.fire_timers();
+    }
+
+    fn wake_deferred(&self) {
+        let mut wakers = self.deferred.take();
+        for waker in wakers.drain(..) {
+            waker.wake();
+        }
+        // Keep the space.
+        wakers.append(&mut self.deferred.borrow_mut());
+        self.deferred.replace(wakers);
     }
 
     fn reap(&self) {

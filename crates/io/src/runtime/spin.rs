@@ -25,15 +25,21 @@ pub trait PollSource {
 
 /// Watches `source` on this thread's runtime until the registration is dropped.
 pub fn add_poll_source(source: Rc<dyn PollSource>) -> PollRegistration {
-    let weak = Rc::downgrade(&source);
+    let registered = Rc::new(source);
+    let weak = Rc::downgrade(&registered);
     with_current(|inner| inner.spinner.sources.borrow_mut().push(weak));
-    PollRegistration { _source: source }
+    PollRegistration {
+        _registered: registered,
+    }
 }
+
+/// The outer reference is the registration's alone.
+type Registered = Rc<Rc<dyn PollSource>>;
 
 /// Keeps a poll source watched.
 #[must_use = "the source is watched only while this lives"]
 pub struct PollRegistration {
-    _source: Rc<dyn PollSource>,
+    _registered: Registered,
 }
 
 /// The first time to watch after sleeps turned out short.
@@ -44,7 +50,7 @@ const LEAST: Duration = Duration::from_micros(2);
 const LOOKS: u32 = 16;
 
 pub(super) struct Spinner {
-    sources: RefCell<Vec<Weak<dyn PollSource>>>,
+    sources: RefCell<Vec<Weak<Rc<dyn PollSource>>>>,
     /// What is called between `prepare_sleep` and `after_sleep`, or during a round; kept for its space.
     awake: RefCell<Vec<Rc<dyn PollSource>>>,
     cap: Duration,
