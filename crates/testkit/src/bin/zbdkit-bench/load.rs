@@ -26,14 +26,11 @@ impl Load {
         }
     }
 
-    /// A note about the others since `self`, if they used more than a twentieth of a processor.
-    pub fn others_since(&self, ours: &[u32]) -> Option<String> {
+    /// Processors that others used since `self`, on average.
+    pub fn others_since(&self, ours: &[u32]) -> f64 {
         let now = Load::now(ours);
         let ticks = (now.all - self.all).saturating_sub(now.ours.saturating_sub(self.ours));
-        let seconds = ticks as f64 / clock_ticks_per_second() as f64;
-        let processors = seconds / self.at.elapsed().as_secs_f64();
-        (processors > 0.05)
-            .then(|| format!("DISTURBED: other processes used {processors:.2} processors meanwhile."))
+        ticks as f64 / clock_ticks_per_second() as f64 / self.at.elapsed().as_secs_f64()
     }
 }
 
