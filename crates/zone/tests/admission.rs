@@ -301,6 +301,27 @@ fn the_zone_that_makes_room_is_the_one_written_longest_ago() {
 }
 
 #[test]
+fn it_is_still_the_right_one_after_many_openings() {
+    let mut d = Device::new(|spec| spec.max_open = 3);
+    d.write(Z2, 1);
+    d.write(Z3, 1);
+    for _ in 0..100 {
+        d.write(Z4, 1);
+        assert!(
+            d.operate(Z4, ExclusiveOp::Reset),
+            "frees its place without an eviction"
+        );
+    }
+    d.write(Z2, 1);
+    d.write(Z4, 1);
+    d.write(Z5, 1);
+    assert_eq!(d.condition(Z3), Condition::Closed);
+    d.write(Z3, 1);
+    assert_eq!(d.condition(Z2), Condition::Closed);
+    assert_eq!(d.engine.resources().open, 3);
+}
+
+#[test]
 fn explicitly_open_zones_do_not_make_room() {
     let mut d = Device::new(|spec| spec.max_open = 2);
     d.engine.open(Z2).expect("opened");

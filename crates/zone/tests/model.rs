@@ -439,7 +439,8 @@ impl Run {
 }
 
 fn geometry() -> impl Strategy<Value = Geometry> {
-    let shape = (1u64..=12, 1u64..=7, 0u64..12, any::<u64>());
+    let zones = prop_oneof![2 => 1u64..=3, 1 => 4u64..=7];
+    let shape = (1u64..=12, zones, 0u64..12, any::<u64>());
     let limits = (0u32..=5, 0u32..=5, 0u64..=8);
     (
         any::<bool>(),

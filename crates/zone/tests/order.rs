@@ -100,6 +100,21 @@ fn a_failure_fails_what_is_above_it_and_nothing_below() {
 }
 
 #[test]
+fn the_zone_waits_for_all_that_is_above_a_failed_write() {
+    let mut d = Device::new(|_| ());
+    let [a, b, c] = [1; 3].map(|blocks| d.append(Z2, blocks));
+    let wp = d.start(Z2);
+    d.fails(a, EIO);
+    for permit in [c, b] {
+        assert_eq!(d.admit(wp, BLOCK).map(|_| ()), Err(Refused::Busy(Z2)));
+        assert_eq!(d.log.take(), []);
+        assert!(matches!(d.complete(permit, Ok(())), Completion::Failed(EIO)));
+    }
+    assert_eq!(d.log.take(), [Event::Changed(Z2)]);
+    d.write(Z2, 1);
+}
+
+#[test]
 fn what_is_above_two_failures_fails_with_the_one_that_came_first() {
     let mut d = Device::new(|_| ());
     let [a, b, c, e] = [1; 4].map(|blocks| d.append(Z2, blocks));
