@@ -1,0 +1,112 @@
+//! What goes to stdout, and how errors are explained.
+
+use std::io::{self, BufWriter, StdoutLock, Write};
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+/// The command line asks for something that cannot be; found after clap was done with it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+/// Nobody reads our output any more: not worth a word.
+#[derive(Debug, thiserror::Error)]
+#[error("stdout is closed")]
+struct Closed;
+
+/// Buffered stdout. Once the reader is gone (`zbdkit report | head`), writing ends the program silently.
+pub struct Out(BufWriter<StdoutLock<'static>>);
+
+impl Out {
+    pub fn new() -> Out {
+        Out(BufWriter::with_capacity(1 << 16, io::stdout().lock()))
+    }
+
+    /// Writes a line.
+    pub fn line(&mut self, line: impl std::fmt::Display) -> anyhow::Result<()> {
+        writeln!(self.0, "{line}").map_err(stdout_error)
+    }
+
+    /// Writes text as it is.
+    pub fn text(&mut self, text: impl std::fmt::Display) -> anyhow::Result<()> {
+        write!(self.0, "{text}").map_err(stdout_error)
+    }
+
+    /// Writes a value as JSON for people and programs.
+    pub fn json(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
+        let text = serde_json::to_string_pretty(value)?;
+        self.line(text)
+    }
+
+    /// Hands over what is buffered.
+    pub fn flush(&mut self) -> anyhow::Result<()> {
+        self.0.flush().map_err(stdout_error)
+    }
+}
+
+fn stdout_error(error: io::Error) -> anyhow::Error {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => Closed.into(),
+        _ => anyhow::Error::new(error).context("writing to stdout"),
+    }
+}
+
+/// Prints an error and gives the exit status that belongs to it.
+pub fn explain(error: &anyhow::Error) -> ExitCode {
+    if error.is::<Closed>() {
+        return ExitCode::SUCCESS;
+    }
+    complain(format_args!("{}", describe(error)));
+    if error.is::<Usage>() {
+        complain("try 'zbdkit help', or the verb with --help");
+        return ExitCode::from(2);
+    }
+    ExitCode::FAILURE
+}
+
+/// Writes a line of ours to stderr, if there is one.
+pub fn complain(message: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "zbdkit: {message}");
+}
+
+/// Writes a line to stderr in the name of a command.
+pub fn complain_as(command: &str, message: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "{command}: {message}");
+}
+
+/// Writes a line to stderr as it is.
+pub fn complain_plain(message: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "{message}");
+}
+
+/// The error and its causes in one line, but for causes that the message before them tells already.
+pub fn describe(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let inner = anyhow::anyhow!("no such file");
+        assert_eq!(
+            describe(&inner.context("disk: no such file")),
+            "disk: no such file"
+        );
+        let inner = anyhow::anyhow!("no such file");
+        assert_eq!(describe(&inner.context("disk")), "disk: no such file");
+    }
+}

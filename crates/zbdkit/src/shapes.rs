@@ -1,0 +1,158 @@
+//! The shapes of `--json`: field names are stable, sizes and offsets are bytes, absent things are null.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+use zbdkit_zone::{Condition, Counters, Geometry, GeometrySpec, Model, ZoneInfo, ZoneType};
+
+/// The zones of a device.
+#[derive(Debug, Serialize)]
+pub struct Zoned {
+    /// "host-managed" or "host-aware".
+    pub model: &'static str,
+    pub zone_size: u64,
+    pub zone_capacity: u64,
+    pub nr_zones: u32,
+    pub nr_conventional: u32,
+    /// 0: no limit.
+    pub max_open: u32,
+    /// 0: no limit.
+    pub max_active: u32,
+    /// 0: no zone append.
+    pub max_append: u64,
+}
+
+impl Zoned {
+    pub fn of(geometry: &Geometry) -> Zoned {
+        let GeometrySpec {
+            model,
+            zone_size,
+            zone_capacity,
+            nr_conventional,
+            max_open,
+            max_active,
+            max_append,
+            size: _,
+            block_size: _,
+        } = geometry.spec().clone();
+        Zoned {
+            model: model_name(model),
+            zone_size,
+            zone_capacity,
+            nr_zones: geometry.nr_zones(),
+            nr_conventional,
+            max_open,
+            max_active,
+            max_append,
+        }
+    }
+}
+
+/// What `create --json` says.
+#[derive(Debug, Serialize)]
+pub struct Created {
+    pub image: PathBuf,
+    pub format: &'static str,
+    pub sidecar: PathBuf,
+    pub uuid: String,
+    pub size: u64,
+    pub block_size: u32,
+    pub zoned: Zoned,
+}
+
+/// What `info --json` says.
+#[derive(Debug, Serialize)]
+pub struct ImageInfo {
+    pub image: String,
+    pub filename: Option<PathBuf>,
+    pub driver: &'static str,
+    pub size: u64,
+    pub block_size: u32,
+    /// Bytes that the data file takes on disk.
+    pub disk_usage: Option<u64>,
+    pub zoned: Option<Zoned>,
+    /// How many zones are in which condition; only those that occur.
+    pub conditions: Option<serde_json::Map<String, serde_json::Value>>,
+    pub table: Option<Table>,
+    /// What opening found: repaired damage, writes that may be lost.
+    pub notices: Vec<String>,
+}
+
+/// The zone table.
+#[derive(Debug, Serialize)]
+pub struct Table {
+    pub path: PathBuf,
+    pub disk_usage: Option<u64>,
+    pub uuid: String,
+    /// How often the image was opened for writing.
+    pub epoch: u64,
+    /// The last of them was closed; if not, somebody has the image open, or died with it.
+    pub clean: bool,
+}
+
+/// A zone, as in `report --json`.
+#[derive(Debug, Serialize)]
+pub struct Zone {
+    pub zone: u32,
+    pub start: u64,
+    pub len: u64,
+    pub capacity: u64,
+    pub wp: u64,
+    /// The end of the bytes really written; below `wp` after a finish.
+    pub written_end: u64,
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    pub condition: &'static str,
+    pub resets: u32,
+    pub finishes: u32,
+    pub bytes_written: u64,
+}
+
+impl Zone {
+    pub fn of(info: &ZoneInfo) -> Zone {
+        let Counters {
+            resets,
+            finishes,
+            bytes_written,
+        } = info.counters;
+        Zone {
+            zone: info.zone.0,
+            start: info.start,
+            len: info.len,
+            capacity: info.capacity,
+            wp: info.wp,
+            written_end: info.written_end,
+            kind: match info.kind {
+                ZoneType::Conventional => "conventional",
+                ZoneType::SequentialRequired => "sequential-required",
+                ZoneType::SequentialPreferred => "sequential-preferred",
+            },
+            condition: condition_name(info.condition),
+            resets,
+            finishes,
+            bytes_written,
+        }
+    }
+}
+
+/// A model's name, as `--model` and zone.mode have it.
+pub fn model_name(model: Model) -> &'static str {
+    match model {
+        Model::HostManaged => "host-managed",
+        Model::HostAware => "host-aware",
+    }
+}
+
+/// A condition's name, as `--filter` has it.
+pub fn condition_name(condition: Condition) -> &'static str {
+    match condition {
+        Condition::NotWritePointer => "not-write-pointer",
+        Condition::Empty => "empty",
+        Condition::ImplicitlyOpen => "implicitly-open",
+        Condition::ExplicitlyOpen => "explicitly-open",
+        Condition::Closed => "closed",
+        Condition::ReadOnly => "read-only",
+        Condition::Full => "full",
+        Condition::Offline => "offline",
+    }
+}

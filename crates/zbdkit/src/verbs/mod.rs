@@ -1,0 +1,36 @@
+//! The verbs.
+
+pub mod completions;
+pub mod create;
+pub mod info;
+pub mod io;
+pub mod man;
+pub mod report;
+pub mod serve;
+pub mod set_zone;
+pub mod zones;
+
+use std::process::ExitCode;
+
+use zones::Op;
+
+use crate::cli::Verb;
+
+/// Does what the verb says.
+pub fn run(verb: Verb) -> anyhow::Result<ExitCode> {
+    match verb {
+        Verb::Create(args) => create::run(args),
+        Verb::Info(args) => info::run(&args),
+        Verb::Report(args) => report::run(&args),
+        Verb::Io(args) => return io::run(&args),
+        Verb::Reset(args) => zones::run(Op::Reset, &args),
+        Verb::Open(args) => zones::run(Op::Open, &args),
+        Verb::Close(args) => zones::run(Op::Close, &args),
+        Verb::Finish(args) => zones::run(Op::Finish, &args),
+        Verb::SetZone(args) => set_zone::run(&args),
+        Verb::Serve(args) => return serve::run(args),
+        Verb::Completions(args) => completions::run(&args),
+        Verb::Man(args) => man::run(&args),
+    }
+    .map(|()| ExitCode::SUCCESS)
+}
