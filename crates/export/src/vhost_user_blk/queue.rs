@@ -16,7 +16,6 @@ use std::time::Duration;
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use vm_memory::{Bytes, GuestAddress};
 use zbdkit_block::{Device, Lane};
 use zbdkit_io::{MemGuard, PollSource, TaskPool, add_poll_source, readable};
 use zbdkit_spec::virtio_blk::{Status, feature as f};
@@ -28,6 +27,7 @@ use super::thread::Control;
 use crate::log_limit::{LogLimit, limited_warn};
 use crate::vhost_user::backend::RingSetup;
 use crate::virtio::chain::{Chain, ChainError, Table};
+use crate::virtio::memory::write;
 use crate::virtio::ring::{RingError, SplitRing};
 
 static BROKEN: LogLimit = LogLimit::new(10, Duration::from_secs(60));
@@ -221,7 +221,7 @@ impl Queue {
     /// Answers a request. The driver hears of it with the others of the round.
     fn complete(&self, head: u16, status_at: u64, status: Status, written: u32) {
         // The address was in memory when the request was parsed, and the memory is still the same.
-        let _ = self.memory.write_obj(status as u8, GuestAddress(status_at));
+        let _ = write(&self.memory, status_at, &[status as u8]);
         self.done.borrow_mut().push((head, written.saturating_add(1)));
         self.waker.borrow().wake_by_ref();
     }

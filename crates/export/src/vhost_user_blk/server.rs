@@ -14,7 +14,7 @@ use zbdkit_io::{BackendKind, RuntimeOptions};
 use super::model::{Model, Unsuitable};
 use super::queue::Service;
 use super::stats::Stats;
-use super::thread::QueueThread;
+use super::thread::{Control, QueueThread};
 use crate::log_limit::{LogLimit, limited_warn};
 use crate::vhost_user::backend::{Backend, ConfigReadOnly, FeatureError, RingSetup, Stuck};
 use crate::vhost_user::listener::{ListenError, Listener};
@@ -125,10 +125,11 @@ pub struct Server {
     io: BackendKind,
 }
 
-/// Ends a [`Server`] from another thread.
+/// What other threads can do with a running [`Server`]: end it, and look at its counts.
 #[derive(Debug, Clone)]
 pub struct ServerHandle {
     stop: Arc<OwnedFd>,
+    queues: Arc<[Arc<Control>]>,
 }
 
 impl ServerHandle {
@@ -136,6 +137,13 @@ impl ServerHandle {
     pub fn shutdown(&self) {
         // A counter that is full is set as well.
         let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+    }
+
+    /// Counts since the start, over all queues.
+    pub fn stats(&self) -> Stats {
+        let mut sum = Stats::default();
+        self.queues.iter().for_each(|queue| queue.stats.add_to(&mut sum));
+        sum
     }
 }
 
@@ -205,25 +213,23 @@ impl Server {
         })
     }
 
-    /// Ends [`Server::run`] from elsewhere.
+    /// For other threads.
     pub fn handle(&self) -> ServerHandle {
+        let queues = self
+            .blk
+            .threads
+            .iter()
+            .map(|thread| thread.control().clone())
+            .collect();
         ServerHandle {
             stop: self.stop.clone(),
+            queues,
         }
     }
 
     /// How the queues do their I/O; its `Display` says why it is not io_uring.
     pub fn io_backend(&self) -> &BackendKind {
         &self.io
-    }
-
-    /// Counts since the start, over all queues.
-    pub fn stats(&self) -> Stats {
-        let mut sum = Stats::default();
-        for thread in &self.blk.threads {
-            thread.control().stats.add_to(&mut sum);
-        }
-        sum
     }
 
     /// Serves one front-end after the other until [`ServerHandle::shutdown`]. Afterwards no request is in flight,

@@ -3,7 +3,9 @@
 //! The driver can change descriptors while we look. Each is read once, into memory of our own, and everything
 //! after that looks at the copy.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
+
+use super::memory::read;
 
 const DESC_SIZE: usize = 16;
 
@@ -123,10 +125,7 @@ impl Chain {
         let mut done = 0;
         for (addr, len) in self.readable(skip, into.len() as u64) {
             let len = len as usize;
-            if memory
-                .read_slice(&mut into[done..done + len], GuestAddress(addr))
-                .is_err()
-            {
+            if read(memory, addr, &mut into[done..done + len]).is_err() {
                 return false;
             }
             done += len;
@@ -187,7 +186,7 @@ impl Chain {
         }
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.resize(len, 0);
-        let result = match memory.read_slice(&mut scratch, GuestAddress(desc.addr)) {
+        let result = match read(memory, desc.addr, &mut scratch) {
             Ok(()) => self.walk_table(scratch.as_chunks().0, limit, &mut left),
             Err(_) => Err(ChainError::Table { addr: desc.addr }),
         };
@@ -247,9 +246,7 @@ fn read_direct(memory: &GuestMemoryMmap, table: Table, index: u16) -> Result<Des
     }
     let addr = table.addr + u64::from(index) * DESC_SIZE as u64;
     let mut bytes = [0; DESC_SIZE];
-    memory
-        .read_slice(&mut bytes, GuestAddress(addr))
-        .map_err(|_| ChainError::Table { addr })?;
+    read(memory, addr, &mut bytes).map_err(|_| ChainError::Table { addr })?;
     Ok(Descriptor::parse(&bytes))
 }
 
@@ -268,6 +265,7 @@ fn cut(pieces: &[(u64, u64)], mut skip: u64, mut left: u64) -> impl Iterator<Ite
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddress};
 
     const SIZE: u16 = 8;
     const TABLE: u64 = 0x1000;

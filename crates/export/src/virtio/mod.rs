@@ -5,4 +5,5 @@
 //! `VIRTQ_AVAIL_F_NO_INTERRUPT`; and it publishes each used element by itself.
 
 pub(crate) mod chain;
+pub(crate) mod memory;
 pub(crate) mod ring;

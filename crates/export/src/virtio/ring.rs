@@ -2,9 +2,10 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
 use super::chain::Table;
+use super::memory::{load_u16, store_u16, write};
 
 const NO_INTERRUPT: u16 = 1;
 const NO_NOTIFY: u16 = 1;
@@ -49,7 +50,7 @@ impl SplitRing {
         base: u16,
         event_idx: bool,
     ) -> Result<SplitRing, RingError> {
-        let next_used = u16::from_le(memory.load(GuestAddress(used + 2), Ordering::Acquire)?);
+        let next_used = load_u16(memory, used + 2, Ordering::Acquire)?;
         Ok(SplitRing {
             table,
             avail,
@@ -89,9 +90,9 @@ impl SplitRing {
             }
         }
         let slot = u64::from(self.next_avail & (self.table.size - 1));
-        let head = memory.load::<u16>(GuestAddress(self.avail + 4 + 2 * slot), Ordering::Relaxed)?;
+        let head = load_u16(memory, self.avail + 4 + 2 * slot, Ordering::Relaxed)?;
         self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(Some(u16::from_le(head)))
+        Ok(Some(head))
     }
 
     /// Writes a used element. The driver sees it after [`SplitRing::publish`].
@@ -105,7 +106,7 @@ impl SplitRing {
         let mut element = [0; 8];
         element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
         element[4..].copy_from_slice(&len.to_le_bytes());
-        memory.write_slice(&element, GuestAddress(self.used + 4 + 8 * slot))?;
+        write(memory, self.used + 4 + 8 * slot, &element)?;
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
     }
@@ -116,16 +117,16 @@ impl SplitRing {
         if old == new {
             return Ok(false);
         }
-        memory.store(new.to_le(), GuestAddress(self.used + 2), Ordering::Release)?;
+        store_u16(memory, self.used + 2, new, Ordering::Release)?;
         self.told_used = new;
         // The index must be visible before we look whether the driver sleeps.
         fence(Ordering::SeqCst);
         if self.event_idx {
             let at = self.avail + 4 + 2 * u64::from(self.table.size);
-            let event = u16::from_le(memory.load(GuestAddress(at), Ordering::Relaxed)?);
+            let event = load_u16(memory, at, Ordering::Relaxed)?;
             Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
         } else {
-            let flags = u16::from_le(memory.load(GuestAddress(self.avail), Ordering::Relaxed)?);
+            let flags = load_u16(memory, self.avail, Ordering::Relaxed)?;
             Ok(flags & NO_INTERRUPT == 0)
         }
     }
@@ -135,9 +136,9 @@ impl SplitRing {
     pub(crate) fn enable_notifications(&self, memory: &GuestMemoryMmap) -> Result<bool, RingError> {
         if self.event_idx {
             let at = self.used + 4 + 8 * u64::from(self.table.size);
-            memory.store(self.next_avail.to_le(), GuestAddress(at), Ordering::Relaxed)?;
+            store_u16(memory, at, self.next_avail, Ordering::Relaxed)?;
         } else {
-            memory.store(0u16, GuestAddress(self.used), Ordering::Relaxed)?;
+            store_u16(memory, self.used, 0, Ordering::Relaxed)?;
         }
         // Visible before we look at the index for the last time.
         fence(Ordering::SeqCst);
@@ -147,22 +148,21 @@ impl SplitRing {
     /// Notifications are not needed for now; some may come all the same.
     pub(crate) fn disable_notifications(&self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
         if !self.event_idx {
-            memory.store(NO_NOTIFY.to_le(), GuestAddress(self.used), Ordering::Relaxed)?;
+            store_u16(memory, self.used, NO_NOTIFY, Ordering::Relaxed)?;
         }
         // With EVENT_IDX the index that we asked for is soon passed, and left behind.
         Ok(())
     }
 
     fn load_avail_index(&self, memory: &GuestMemoryMmap) -> Result<u16, RingError> {
-        Ok(u16::from_le(
-            memory.load(GuestAddress(self.avail + 2), Ordering::Acquire)?,
-        ))
+        Ok(load_u16(memory, self.avail + 2, Ordering::Acquire)?)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::{Bytes, GuestAddress};
 
     const SIZE: u16 = 4;
     const AVAIL: u64 = 0x100;
