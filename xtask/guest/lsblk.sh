@@ -75,6 +75,8 @@ done
 refuse put /tmp/4k "$MAX_ACTIVE" 0
 # An open zone: the kernel's null_blk refuses to finish a closed one while every open zone is in use.
 run blkzone finish -o "$(sector $((MAX_ACTIVE - 1)))" -c 1 "$DEV"
+# After a failed write Linux takes no other in that zone until it has seen a report.
+expect "zone $MAX_ACTIVE" "0 em" "$(zone "$MAX_ACTIVE")"
 run put /tmp/4k "$MAX_ACTIVE" 0
 expect "open zones" "$MAX_OPEN" "$(blkzone report "$DEV" | grep -c '(oi)')"
 expect "closed zones" $((MAX_ACTIVE - MAX_OPEN)) "$(blkzone report "$DEV" | grep -c '(cl)')"

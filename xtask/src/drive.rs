@@ -80,7 +80,7 @@ impl Geometry {
         option("--max-open", self.max_open, 0);
         option("--max-active", self.max_active, 0);
         option("--conventional", self.conventional, 0);
-        option("--logical-block-size", self.block_size, 512);
+        option("--block-size", self.block_size, 4096);
         arguments
     }
 

@@ -20,6 +20,9 @@ const LIBRARY: &str = include_str!("../guest/lib.sh");
 /// The queue size that the drives' virtqueues are given.
 const QUEUE_SIZE: u32 = 128;
 
+/// A user may stay in a guest for long, but not for ever.
+const INTERACTIVE_LIMIT: Duration = Duration::from_secs(30 * 24 * 3600);
+
 /// A drive that a vhost-user-blk server serves.
 #[derive(Debug, Clone)]
 pub struct VhostUserDrive {
@@ -187,7 +190,7 @@ impl<'rig> Guest<'rig> {
             .then(|| rustix::termios::tcgetattr(&stdin))
             .transpose()?;
         let status =
-            Running::start(&mut command, "QEMU").and_then(|mut qemu| qemu.wait_for(Duration::MAX / 4));
+            Running::start(&mut command, "QEMU").and_then(|mut qemu| qemu.wait_for(INTERACTIVE_LIMIT));
         if let Some(saved) = saved {
             rustix::termios::tcsetattr(&stdin, rustix::termios::OptionalActions::Now, &saved)?;
         }

@@ -138,7 +138,9 @@ pub fn workspace() -> PathBuf {
 
 /// Cargo's target directory.
 pub fn target_directory() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+    let directory =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
+    std::path::absolute(&directory).unwrap_or(directory)
 }
 
 #[cfg(test)]
