@@ -32,12 +32,12 @@ impl FileNode {
     }
 
     /// A node of `size` zero bytes in memory.
-    pub fn memory(host: &dyn Host, size: u64) -> std::io::Result<FileNode> {
+    pub fn memory(host: &dyn Host, size: u64, read_only: bool) -> std::io::Result<FileNode> {
         let file = host.memory(size)?;
         Ok(FileNode {
             driver: "memory",
             file,
-            limits: Limits::plain(size, 512, false),
+            limits: Limits::plain(size, 512, read_only),
         })
     }
 

@@ -578,3 +578,31 @@ fn direct_io_carries_data_and_table() {
     image.close(device);
     assert_eq!(image.zone(&image.open(), 1).condition, Condition::Full);
 }
+
+#[test]
+fn a_host_aware_image_is_written_like_a_disk_across_zones_and_with_gaps() {
+    let image = Image::with(|options| options.model = zbdkit_zone::Model::HostAware);
+    let device = image.open();
+    image.write(&device, ZONE - 4096, 1, 8192).unwrap();
+    image.write(&device, 2 * ZONE - 4096, 2, 12288).unwrap();
+    assert_eq!(image.zone(&device, 1).condition, Condition::Full);
+    assert_eq!(image.zone(&device, 2).wp, 2 * ZONE + 8192);
+    // The skipped part of zone 1 reads as zeros, below its pointer too.
+    let data = image.read(&device, ZONE, ZONE as usize + 8192);
+    assert_eq!(
+        (
+            data[0],
+            data[4096],
+            data[ZONE as usize - 4097],
+            data[ZONE as usize]
+        ),
+        (1, 0, 0, 2)
+    );
+    let zeroes = device.lane(1);
+    image
+        .runtime
+        .block_on(device.write_zeroes(&zeroes, 2 * ZONE - 4096, 8192, true))
+        .unwrap();
+    assert_eq!(image.read(&device, 2 * ZONE - 4096, 8192), [0; 8192]);
+    image.close(device);
+}

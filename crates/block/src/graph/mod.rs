@@ -262,7 +262,7 @@ impl Opener<'_> {
                     .size("size")?
                     .ok_or_else(|| OpenError::Graph("memory: size is missing, as in size=1G".into()))?;
                 tree.finish("memory", &["driver", "size", "read-only"])?;
-                let node = FileNode::memory(&**self.host, size);
+                let node = FileNode::memory(&**self.host, size, read_only);
                 Ok(Arc::new(
                     node.map_err(|e| OpenError::file("memory", "cannot be made", e))?,
                 ))

@@ -12,7 +12,7 @@ mod table;
 mod waiters;
 
 use std::future::poll_fn;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -64,27 +64,41 @@ impl ZonedNode {
 
     /// As [`Node::read`], without a box.
     pub async fn read(&self, lane: &Lane, buf: IoBuf, offset: u64, cross: CrossZone) -> Result<(), Error> {
-        let len = buf.len() as u64;
         match self.read_in_zone(lane, &buf, offset).await {
-            Err(Error::Zone(ZoneError::Boundary { end, .. })) if self.may_cross(offset, end, cross) => {}
-            result => return result,
+            Err(Error::Zone(ZoneError::Boundary { .. }))
+                if cross == CrossZone::Allow || !self.is_ordered(offset, buf.len()) =>
+            {
+                for part in self.parts(offset, buf.len()) {
+                    let at = offset + part.start as u64;
+                    self.read_in_zone(lane, &buf.slice(part), at).await?;
+                }
+                Ok(())
+            }
+            result => result,
         }
-        let mut at = 0;
-        while at < len {
-            let geometry = self.engine.geometry();
-            let end = geometry.end(geometry.zone_of(offset + at)) - offset;
-            let part = buf.slice(at as usize..end.min(len) as usize);
-            self.read_in_zone(lane, &part, offset + at).await?;
-            at = end;
-        }
-        Ok(())
     }
 
-    /// Sequential-preferred zones are read like a disk; others as the protocol says.
-    fn may_cross(&self, offset: u64, end: u64, cross: CrossZone) -> bool {
+    /// Whether the range touches a sequential-required zone. Others are read and written like a disk, across their
+    /// borders too.
+    fn is_ordered(&self, offset: u64, len: usize) -> bool {
         let geometry = self.engine.geometry();
         let required = |at| geometry.zone_type(geometry.zone_of(at)) == ZoneType::SequentialRequired;
-        cross == CrossZone::Allow || !(required(offset) || required(end))
+        // Conventional zones come first, and the others are all of one type.
+        required(offset + (len as u64).saturating_sub(1))
+    }
+
+    /// The range zone by zone, as positions in a buffer.
+    fn parts(&self, offset: u64, len: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let geometry = *self.engine.geometry();
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let start = at;
+            if start < len {
+                let end = geometry.end(geometry.zone_of(offset + start as u64)) - offset;
+                at = usize::try_from(end).unwrap_or(usize::MAX).min(len);
+            }
+            (start < len).then_some(start..at)
+        })
     }
 
     async fn read_in_zone(&self, lane: &Lane, buf: &IoBuf, offset: u64) -> Result<(), Error> {
@@ -115,8 +129,18 @@ impl ZonedNode {
 
     /// As [`Node::write`], without a box.
     pub async fn write(&self, lane: &Lane, buf: IoBuf, offset: u64) -> Result<(), Error> {
-        let permit = self.admit_write(lane, offset, buf.len() as u64).await?;
-        self.carry_out(lane, permit, Data::Buf(buf)).await
+        match self.admit_write(lane, offset, buf.len() as u64).await {
+            Ok(permit) => self.carry_out(lane, permit, Data::Buf(buf)).await,
+            Err(Error::Zone(ZoneError::Boundary { .. })) if !self.is_ordered(offset, buf.len()) => {
+                for part in self.parts(offset, buf.len()) {
+                    let (at, len) = (offset + part.start as u64, part.len() as u64);
+                    let permit = self.admit_write(lane, at, len).await?;
+                    self.carry_out(lane, permit, Data::Buf(buf.slice(part))).await?;
+                }
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// As [`Node::append`], without a box.
@@ -471,8 +495,24 @@ impl Node for ZonedNode {
     /// Zeros are data here: the write pointer moves over them.
     fn write_zeroes<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64, unmap: bool) -> Request<'a, ()> {
         Box::pin(async move {
-            let permit = self.admit_write(lane, offset, len).await?;
-            self.carry_out(lane, permit, Data::Zeroes { unmap }).await
+            let whole = usize::try_from(len).map_err(|_| Error::OutOfRange {
+                offset,
+                len,
+                size: self.limits.size,
+            })?;
+            match self.admit_write(lane, offset, len).await {
+                Ok(permit) => self.carry_out(lane, permit, Data::Zeroes { unmap }).await,
+                Err(Error::Zone(ZoneError::Boundary { .. })) if !self.is_ordered(offset, whole) => {
+                    for part in self.parts(offset, whole) {
+                        let permit = self
+                            .admit_write(lane, offset + part.start as u64, part.len() as u64)
+                            .await?;
+                        self.carry_out(lane, permit, Data::Zeroes { unmap }).await?;
+                    }
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            }
         })
     }
 
