@@ -1,8 +1,9 @@
 //! The shapes of `--json`: field names are stable, sizes and offsets are bytes, absent things are null.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use zbdkit_zone::{Condition, Counters, Geometry, GeometrySpec, Model, ZoneInfo, ZoneType};
 
 /// The zones of a device.
@@ -72,10 +73,29 @@ pub struct ImageInfo {
     pub disk_usage: Option<u64>,
     pub zoned: Option<Zoned>,
     /// How many zones are in which condition; only those that occur.
-    pub conditions: Option<serde_json::Map<String, serde_json::Value>>,
+    pub conditions: Option<Conditions>,
     pub table: Option<Table>,
     /// What opening found: repaired damage, writes that may be lost.
     pub notices: Vec<String>,
+}
+
+/// How many zones are in which condition, in the order of the conditions' numbers.
+#[derive(Debug, Default)]
+pub struct Conditions(pub BTreeMap<u8, (&'static str, u32)>);
+
+impl Conditions {
+    pub fn count(&mut self, condition: Condition) {
+        self.0
+            .entry(condition as u8)
+            .or_insert((condition_name(condition), 0))
+            .1 += 1;
+    }
+}
+
+impl Serialize for Conditions {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.values().copied())
+    }
 }
 
 /// The zone table.

@@ -83,8 +83,19 @@ impl Options {
     }
 
     pub fn required(&mut self, key: &str) -> Result<String, OpenError> {
-        let missing = OpenError::Graph(format!("{}{key} is missing", self.prefix));
-        self.string(key)?.ok_or(missing)
+        match self.string(key)? {
+            Some(value) => Ok(value),
+            None => Err(OpenError::Graph(format!("{}{key} is missing{}", self.prefix, self.instead(key)))),
+        }
+    }
+
+    /// What looks like that key written wrongly.
+    fn instead(&self, key: &str) -> String {
+        let near = |given: &&String| !did_you_mean(given, &[key]).is_empty();
+        match self.map.keys().find(near) {
+            Some(given) => format!("; {}{given} is not an option (did you mean {key:?}?)", self.prefix),
+            None => String::new(),
+        }
     }
 
     pub fn bool(&mut self, key: &str) -> Result<Option<bool>, OpenError> {

@@ -146,6 +146,9 @@ pub fn run(mut args: Create) -> anyhow::Result<()> {
     let made = session
         .run(zbdkit_block::create(session.host(), &options))
         .map_err(|error| match error {
+            CreateError::Geometry(error) if args.zone_size.is_none() => {
+                anyhow::Error::new(error).context("the default zone size does not fit, say --zone-size")
+            }
             CreateError::Geometry(error) => anyhow::Error::new(error).context("these zones do not work"),
             error => error.into(),
         })?;

@@ -1,17 +1,16 @@
 //! `zbdkit info`: what an image is.
 
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use clap::Args;
 use zbdkit_block::{Device, format_size};
-use zbdkit_zone::{Condition, Filter, Geometry, Model};
+use zbdkit_zone::{Filter, Geometry, Model};
 
 use crate::image::{ImageArgs, Session, looking};
 use crate::output::Out;
-use crate::shapes::{ImageInfo, Table, Zoned, condition_name};
+use crate::shapes::{Conditions, ImageInfo, Table, Zoned};
 
 /// Show what an image is: geometry, limits, how many zones are in which condition
 #[derive(Debug, Args)]
@@ -81,24 +80,18 @@ fn disk_usage(path: &Path) -> Option<u64> {
     std::fs::metadata(path).ok().map(|file| file.blocks() * 512)
 }
 
-async fn conditions(device: &Device) -> anyhow::Result<Option<serde_json::Map<String, serde_json::Value>>> {
+async fn conditions(device: &Device) -> anyhow::Result<Option<Conditions>> {
     if device.limits().zoned.is_none() {
         return Ok(None);
     }
-    let mut counts: BTreeMap<u8, (Condition, u32)> = BTreeMap::new();
+    let mut counts = Conditions::default();
     device
         .report_to(0, Filter::All, &mut |zone| {
-            counts
-                .entry(zone.condition as u8)
-                .or_insert((zone.condition, 0))
-                .1 += 1;
+            counts.count(zone.condition);
             ControlFlow::Continue(())
         })
         .await?;
-    let named = counts
-        .values()
-        .map(|(condition, count)| (condition_name(*condition).to_owned(), (*count).into()));
-    Ok(Some(named.collect()))
+    Ok(Some(counts))
 }
 
 fn print(out: &mut Out, info: &ImageInfo, geometry: Option<&Geometry>) -> anyhow::Result<()> {
@@ -160,7 +153,10 @@ fn print_zones(out: &mut Out, info: &ImageInfo, geometry: &Geometry) -> anyhow::
         0 => "max append: not supported".to_owned(),
         bytes => format!("max append: {}", format_size(bytes)),
     })?;
-    let conditions = info.conditions.iter().flatten();
+    let conditions = info
+        .conditions
+        .iter()
+        .flat_map(|conditions| conditions.0.values());
     let counts: Vec<_> = conditions
         .map(|(name, count)| format!("{count} {name}"))
         .collect();

@@ -1,8 +1,374 @@
-//! tmp
+//! `zbdkit serve`: the daemon. Opens images, attaches them to doors, and ends cleanly when asked to.
+
+mod config;
+mod hints;
+mod service;
+
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::Context;
 use clap::Args;
-/// Serve
+use zbdkit_block::{Device, Graph, OpenOptions, RunStateMode, run_state_of};
+use zbdkit_export::vhost_user_blk::{ServeError, ServeOptions, Server, ServerHandle, Socket};
+use zbdkit_io::BackendKind;
+
+use crate::image::{ImageArgs, Session};
+use crate::output::{Out, Usage, complain, describe};
+use service::{Event, Handed};
+
+/// Serve images to virtual machines until SIGTERM or SIGINT
 #[derive(Debug, Args)]
-pub struct Serve {}
-pub fn run(_: Serve) -> anyhow::Result<std::process::ExitCode> {
-    todo!()
+#[command(after_help = AFTER_HELP)]
+pub struct Serve {
+    /// The image: a path, driver=... options, or json:{...} (see 'zbdkit help')
+    #[arg(value_name = "IMAGE", required_unless_present = "config")]
+    pub image: Option<OsString>,
+
+    /// Take IMAGE as driver options whatever it looks like
+    #[arg(long)]
+    pub image_opts: bool,
+
+    /// Attach the image as a virtio-blk device over vhost-user at this unix socket; 'systemd' takes a socket that
+    /// systemd hands over. May be given several times
+    #[arg(long, value_name = "SOCKET", required_unless_present = "config")]
+    pub vhost_user_blk: Vec<PathBuf>,
+
+    /// Serve what this file says
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["image", "image_opts", "vhost_user_blk", "serial",
+        "read_only", "direct", "run_state", "queues", "queue_size", "poll_us"])]
+    pub config: Option<PathBuf>,
+
+    /// Request queues, each with a thread of its own, 1 to 256 [default: one a CPU, at most 4]
+    #[arg(long, value_name = "N")]
+    pub queues: Option<u16>,
+
+    /// Entries of each queue, a power of two
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_QUEUE_SIZE)]
+    pub queue_size: u16,
+
+    /// The serial number that the guest sees, at most 20 bytes [default: from the image's uuid]
+    #[arg(long, value_name = "TEXT")]
+    pub serial: Option<String>,
+
+    /// Let nobody write
+    #[arg(short, long)]
+    pub read_only: bool,
+
+    /// Bypass the host's page cache
+    #[arg(long = "direct", visible_alias = "cache.direct")]
+    pub direct: bool,
+
+    /// What outlives kill -9 besides what was flushed: everything, by a file 'beside' the zone table or in a DIRECTORY
+    /// (fastest on a tmpfs), or by a 'sync' a write; or 'none'
+    #[arg(long, value_name = "WHERE", default_value = "beside")]
+    pub run_state: String,
+
+    /// How long to watch an idle queue before sleeping, in microseconds
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = DEFAULT_POLL_US)]
+    pub poll_us: u32,
+}
+
+const DEFAULT_QUEUE_SIZE: u16 = 256;
+const DEFAULT_POLL_US: u32 = 50;
+
+const AFTER_HELP: &str = "\
+Examples:
+  zbdkit serve disk.raw --vhost-user-blk /tmp/disk.sock
+  zbdkit serve driver=memory,size=1G --vhost-user-blk /tmp/ram.sock --queues 4
+  zbdkit serve --config /etc/zbdkit.toml
+
+It prints the arguments of QEMU and crosvm to paste, then a line that begins with 'ready:', and goes on until SIGTERM or
+SIGINT, which closes the images cleanly; a second signal ends it at once. A virtual machine may come, go and come again.
+Under systemd it says when it is ready (Type=notify) and takes sockets (SOCKET is 'systemd'; in the order of the doors).
+
+Configuration:
+  [[device]]
+  image = \"disk.raw\"           # as IMAGE above; relative to where zbdkit is started
+  read-only = false
+  direct = false
+  run-state = \"beside\"
+  [[device.vhost-user-blk]]    # a door; there may be several
+  socket = \"/run/disk.sock\"
+  queues = 2
+  queue-size = 256
+  serial = \"disk-1\"
+  poll-us = 50";
+
+/// What is to be served.
+struct Plan {
+    devices: Vec<DevicePlan>,
+}
+
+struct DevicePlan {
+    /// The image as the user names it.
+    name: String,
+    graph: Graph,
+    options: OpenOptions,
+    doors: Vec<DoorPlan>,
+}
+
+/// A vhost-user-blk door.
+struct DoorPlan {
+    /// A path, or [`SYSTEMD`].
+    socket: PathBuf,
+    queues: Option<u16>,
+    queue_size: u16,
+    serial: Option<String>,
+    poll: Duration,
+}
+
+/// As a socket's path: one that systemd hands over.
+const SYSTEMD: &str = "systemd";
+
+pub fn run(args: Serve) -> anyhow::Result<ExitCode> {
+    let (sender, events) = service::signals().context("cannot handle signals")?;
+    let plan = match &args.config {
+        Some(path) => config::read(path)?,
+        None => plan_of(args)?,
+    };
+    let session = Session::new()?;
+    let mut handed = Handed::from_environment();
+    let served = Served::start(&session, &plan, &mut handed)?;
+    // The place to give up what is not needed any more: images are open, sockets bound, no request was served yet.
+    let running = served.run(&plan, sender, events);
+    running.wait(&session, &plan)
+}
+
+fn plan_of(args: Serve) -> anyhow::Result<Plan> {
+    let image = ImageArgs {
+        image: args.image.unwrap_or_default(),
+        image_opts: args.image_opts,
+    };
+    let doors = args.vhost_user_blk.into_iter().map(|socket| DoorPlan {
+        socket,
+        queues: args.queues,
+        queue_size: args.queue_size,
+        serial: args.serial.clone(),
+        poll: Duration::from_micros(args.poll_us.into()),
+    });
+    let device = DevicePlan {
+        name: image.image.to_string_lossy().into_owned(),
+        graph: image.graph()?,
+        options: open_options(args.read_only, args.direct, &args.run_state)?,
+        doors: doors.collect(),
+    };
+    Ok(Plan {
+        devices: vec![device],
+    })
+}
+
+fn open_options(read_only: bool, direct: bool, run_state: &str) -> anyhow::Result<OpenOptions> {
+    let run_state = run_state_of(run_state);
+    if let RunStateMode::In(directory) = &run_state
+        && !directory.is_dir()
+    {
+        return Err(Usage(format!(
+            "run state {}: it is neither 'beside', 'sync' or 'none', nor a directory",
+            directory.display()
+        ))
+        .into());
+    }
+    Ok(OpenOptions {
+        read_only,
+        direct,
+        run_state,
+        ..OpenOptions::default()
+    })
+}
+
+/// Open images and bound sockets.
+struct Served {
+    devices: Vec<Device>,
+    doors: Vec<Door>,
+}
+
+struct Door {
+    server: Server,
+    /// The plan's device it belongs to.
+    device: usize,
+    hint: hints::Hint,
+}
+
+impl Served {
+    /// Opens all images, then binds all sockets. What was opened is closed again where that fails.
+    fn start(session: &Session, plan: &Plan, handed: &mut Handed) -> anyhow::Result<Served> {
+        let mut served = Served {
+            devices: Vec::new(),
+            doors: Vec::new(),
+        };
+        match served.fill(session, plan, handed) {
+            Ok(()) => Ok(served),
+            Err(error) => {
+                drop(served.doors);
+                for device in served.devices {
+                    // The error that is returned comes first.
+                    if let Err(error) = session.run(device.close()) {
+                        complain(format_args!("closing after a failed start: {error}"));
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(&mut self, session: &Session, plan: &Plan, handed: &mut Handed) -> anyhow::Result<()> {
+        for device in &plan.devices {
+            self.devices.push(session.open(&device.graph, &device.options)?);
+        }
+        for (index, device) in plan.devices.iter().enumerate() {
+            for door in &device.doors {
+                let door = bind(index, &self.devices[index], door, handed)
+                    .with_context(|| format!("{}: vhost-user-blk", device.name))?;
+                self.doors.push(door);
+            }
+        }
+        Ok(())
+    }
+
+    /// Prints what to paste, starts serving, and says that it is ready.
+    fn run(self, plan: &Plan, sender: mpsc::Sender<Event>, events: mpsc::Receiver<Event>) -> Running {
+        let mut running = Running {
+            devices: self.devices,
+            threads: Vec::new(),
+            handles: Vec::new(),
+            events,
+        };
+        let mut text = String::new();
+        let mut names = Vec::new();
+        for (index, door) in self.doors.into_iter().enumerate() {
+            if let BackendKind::Threads { .. } = door.server.io_backend() {
+                complain(format_args!("note: I/O by {}", door.server.io_backend()));
+            }
+            let name = format!("{} at {}", plan.devices[door.device].name, door.hint.socket());
+            text.push_str(&door.hint.text(index, &name));
+            names.push(name);
+            running.handles.push(door.server.handle());
+            running.threads.push(start(door.server, sender.clone()));
+        }
+        text.push_str(&format!("ready: {}\n", names.join(", ")));
+        say(&text);
+        service::notify(&format!("READY=1\nSTATUS=serving {}", names.join(", ")));
+        running
+    }
+}
+
+/// The one place that knows how this door is made.
+fn bind(index: usize, device: &Device, plan: &DoorPlan, handed: &mut Handed) -> anyhow::Result<Door> {
+    let (socket, shown) = if plan.socket.as_os_str() == SYSTEMD {
+        let (fd, path): (OwnedFd, _) = handed.next()?;
+        (Socket::Listening(fd), path)
+    } else {
+        (
+            Socket::Path(plan.socket.clone()),
+            Some(crate::image::absolute(&plan.socket)),
+        )
+    };
+    let queues = plan.queues.unwrap_or_else(default_queues);
+    let serial = match (&plan.serial, device.status()) {
+        (Some(serial), _) => serial.clone(),
+        (None, Some(status)) => status.uuid.simple().to_string()[..20].to_owned(),
+        (None, None) => "zbdkit".to_owned(),
+    };
+    let hint = hints::Hint {
+        socket: shown,
+        queues,
+        queue_size: plan.queue_size,
+        zoned: device.limits().zoned.is_some(),
+    };
+    let server = Server::bind(
+        device.clone(),
+        ServeOptions {
+            queues,
+            queue_size: plan.queue_size,
+            serial,
+            busy_poll: plan.poll,
+            ..ServeOptions::new(socket)
+        },
+    )?;
+    Ok(Door {
+        server,
+        device: index,
+        hint,
+    })
+}
+
+fn default_queues() -> u16 {
+    std::thread::available_parallelism().map_or(1, |n| n.get().min(4) as u16)
+}
+
+/// How a door ended.
+type Ending = Result<(), ServeError>;
+
+fn start(server: Server, events: mpsc::Sender<Event>) -> JoinHandle<Ending> {
+    std::thread::spawn(move || {
+        let result = server.run();
+        // Nobody listens any more once the end has begun.
+        let _ = events.send(Event::Ended);
+        result
+    })
+}
+
+/// Doors that serve.
+struct Running {
+    devices: Vec<Device>,
+    threads: Vec<JoinHandle<Ending>>,
+    handles: Vec<ServerHandle>,
+    events: mpsc::Receiver<Event>,
+}
+
+impl Running {
+    /// Serves until a signal comes or a door fails, then ends in order: doors, images, process.
+    fn wait(self, session: &Session, plan: &Plan) -> anyhow::Result<ExitCode> {
+        match self.events.recv() {
+            Ok(Event::Signal(name)) => say(&format!("{name}: stopping\n")),
+            Ok(Event::Ended) | Err(_) => {}
+        }
+        service::notify("STOPPING=1");
+        self.handles.iter().for_each(ServerHandle::shutdown);
+        let mut failed = false;
+        for thread in self.threads {
+            match thread.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    complain(describe(&anyhow::Error::new(error)));
+                    failed = true;
+                }
+                Err(_) => {
+                    complain("a door's thread panicked");
+                    failed = true;
+                }
+            }
+        }
+        if failed {
+            // Requests may still be in flight: the images are left as after a kill, which the next opening recovers.
+            complain("the images are not closed; the next opening recovers them");
+            return Ok(ExitCode::FAILURE);
+        }
+        for (device, plan) in self.devices.into_iter().zip(&plan.devices) {
+            match session.run(device.close()) {
+                Ok(()) => say(&format!("closed {} cleanly\n", plan.name)),
+                Err(error) => {
+                    complain(format_args!("closing {}: {error}", plan.name));
+                    failed = true;
+                }
+            }
+        }
+        Ok(if failed {
+            ExitCode::FAILURE
+        } else {
+            ExitCode::SUCCESS
+        })
+    }
+}
+
+/// Prints at once. Serving goes on if nobody reads it.
+fn say(text: &str) {
+    let mut out = Out::new();
+    let _ = out.text(text).and_then(|()| out.flush());
 }

@@ -1,0 +1,162 @@
+//! The configuration file: several devices and doors in one process.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use serde::Deserialize;
+use zbdkit_block::{Graph, did_you_mean};
+
+use super::{DEFAULT_POLL_US, DEFAULT_QUEUE_SIZE, DevicePlan, DoorPlan, Plan, open_options};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    device: Vec<DeviceEntry>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct DeviceEntry {
+    image: String,
+    #[serde(default)]
+    read_only: bool,
+    #[serde(default)]
+    direct: bool,
+    #[serde(default = "beside")]
+    run_state: String,
+    #[serde(default)]
+    vhost_user_blk: Vec<DoorEntry>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct DoorEntry {
+    socket: PathBuf,
+    queues: Option<u16>,
+    #[serde(default = "queue_size")]
+    queue_size: u16,
+    serial: Option<String>,
+    #[serde(default = "poll_us")]
+    poll_us: u32,
+}
+
+fn beside() -> String {
+    "beside".to_owned()
+}
+
+fn queue_size() -> u16 {
+    DEFAULT_QUEUE_SIZE
+}
+
+fn poll_us() -> u32 {
+    DEFAULT_POLL_US
+}
+
+/// Reads what is to be served.
+pub fn read(path: &Path) -> anyhow::Result<Plan> {
+    let context = || path.display().to_string();
+    let text = std::fs::read_to_string(path).with_context(context)?;
+    plan(&text).with_context(context)
+}
+
+fn plan(text: &str) -> anyhow::Result<Plan> {
+    let file: File = toml::from_str(text).map_err(|error| anyhow::anyhow!(explain(&error)))?;
+    anyhow::ensure!(!file.device.is_empty(), "it names no [[device]]");
+    let devices = file.device.into_iter().map(device);
+    let plan = Plan {
+        devices: devices.collect::<anyhow::Result<_>>()?,
+    };
+    distinct_sockets(&plan)?;
+    Ok(plan)
+}
+
+fn device(entry: DeviceEntry) -> anyhow::Result<DevicePlan> {
+    anyhow::ensure!(
+        !entry.vhost_user_blk.is_empty(),
+        "device {:?} has no door, as in [[device.vhost-user-blk]]",
+        entry.image
+    );
+    let doors = entry.vhost_user_blk.into_iter().map(|door| DoorPlan {
+        socket: door.socket,
+        queues: door.queues,
+        queue_size: door.queue_size,
+        serial: door.serial,
+        poll: Duration::from_micros(door.poll_us.into()),
+    });
+    Ok(DevicePlan {
+        graph: Graph::parse(&entry.image)?,
+        options: open_options(entry.read_only, entry.direct, &entry.run_state)?,
+        name: entry.image,
+        doors: doors.collect(),
+    })
+}
+
+fn distinct_sockets(plan: &Plan) -> anyhow::Result<()> {
+    let mut seen: Vec<&Path> = Vec::new();
+    for door in plan.devices.iter().flat_map(|device| &device.doors) {
+        let socket = door.socket.as_path();
+        anyhow::ensure!(
+            socket == Path::new(super::SYSTEMD) || !seen.contains(&socket),
+            "socket {} is named twice",
+            socket.display()
+        );
+        seen.push(socket);
+    }
+    Ok(())
+}
+
+/// The parser's message, with the near name where a key is unknown.
+fn explain(error: &toml::de::Error) -> String {
+    let message = error.message();
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    let near = match quoted.next() {
+        Some(given) if message.starts_with("unknown field") => {
+            did_you_mean(given, &quoted.collect::<Vec<_>>())
+        }
+        _ => String::new(),
+    };
+    format!("{}{near}", error.to_string().trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error_of(text: &str) -> String {
+        match plan(text) {
+            Ok(_) => panic!("accepted: {text}"),
+            Err(error) => format!("{error:#}"),
+        }
+    }
+
+    #[test]
+    fn the_example_in_the_help_is_a_configuration() {
+        let (_, example) = super::super::AFTER_HELP.split_once("Configuration:\n").unwrap();
+        let plan = plan(example).unwrap();
+        assert_eq!(plan.devices.len(), 1);
+        assert_eq!(plan.devices[0].doors[0].queues, Some(2));
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_with_the_near_one() {
+        let error = error_of("[[device]]\nimage = \"a\"\n[[device.vhost-user-blk]]\nsockett = \"s\"\n");
+        assert!(
+            error.contains("unknown field `sockett`") && error.contains("line 4"),
+            "{error}"
+        );
+        assert!(error.contains("(did you mean \"socket\"?)"), "{error}");
+        let error = error_of("[[device]]\nimage = \"a\"\n[[device.vhost-usr-blk]]\nsocket = \"s\"\n");
+        assert!(error.contains("(did you mean \"vhost-user-blk\"?)"), "{error}");
+    }
+
+    #[test]
+    fn a_configuration_that_serves_nothing_is_refused() {
+        assert_eq!(error_of(""), "it names no [[device]]");
+        assert!(error_of("[[device]]\nimage = \"a\"\n").contains("has no door"));
+        let door = "[[device.vhost-user-blk]]\nsocket = \"s\"\n";
+        let twice = error_of(&format!("[[device]]\nimage = \"a\"\n{door}{door}"));
+        assert_eq!(twice, "socket s is named twice");
+    }
+}

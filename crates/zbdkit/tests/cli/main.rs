@@ -1,0 +1,11 @@
+//! The command line as its users meet it: what it prints, where, and with which exit status.
+
+mod create;
+mod damage;
+mod disk_full;
+mod io;
+mod qemu_io;
+mod scale;
+mod serve;
+mod support;
+mod zones;
