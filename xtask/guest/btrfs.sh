@@ -1,4 +1,5 @@
 # btrfs in zoned mode: files, a snapshot, deletion, garbage collection, scrub, check, remount.
+modprobe btrfs
 run mkfs.btrfs -q -f -O zoned -d single -m single "$DEV"
 run mount -t btrfs "$DEV" /mnt
 run btrfs subvolume create /mnt/sub

@@ -12,6 +12,7 @@ run blkzone report "$DEV"
 expect "empty zones" $((SIZE_MB / ZONE_MB)) "$(blkzone report "$DEV" | grep -c '(em)')"
 echo
 echo "-- btrfs writes each zone from its start to its end, and never in place:"
+modprobe btrfs
 run mkfs.btrfs -f -O zoned -d single -m single "$DEV"
 run mount -t btrfs "$DEV" /mnt
 run btrfs subvolume create /mnt/home

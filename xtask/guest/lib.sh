@@ -1,5 +1,5 @@
 # Helpers for the scripts that run in the guest. DEV is the drive under test; SIZE_MB, ZONE_MB,
-# CONVENTIONAL, MAX_OPEN, MAX_ACTIVE and BLOCK_SIZE say what it was made with.
+# CONVENTIONAL, MAX_OPEN, MAX_ACTIVE and SECTOR_BYTES say what it was made with.
 
 # Fails the script with a reason.
 fail() {
@@ -33,7 +33,7 @@ make_null_blk() {
 	mountpoint -q /sys/kernel/config || mount -t configfs configfs /sys/kernel/config
 	mkdir "$dir"
 	echo "$SIZE_MB" >$dir/size
-	echo "$BLOCK_SIZE" >$dir/blocksize
+	echo "$SECTOR_BYTES" >$dir/blocksize
 	echo 1 >$dir/memory_backed
 	echo 1 >$dir/zoned
 	echo "$ZONE_MB" >$dir/zone_size

@@ -7,7 +7,7 @@ use anyhow::{Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use tempfile::TempDir;
 
-use crate::drive::{Device, Geometry, Zbdkit};
+use crate::drive::{Device, Geometry, QUEUES, Zbdkit};
 use crate::guest::{Guest, GuestResult};
 use crate::rig::{Rig, accel::Accel};
 use crate::ui::{heading, say};
@@ -82,13 +82,16 @@ pub fn story(rig: &Rig, zbdkit: &Zbdkit, image: &Path, name: &str, stream: bool)
             Geometry::DEMO.create_arguments().join(" ")
         ),
     );
-    zbdkit.create(image, &Geometry::DEMO)?;
+    let said = zbdkit.create(image, &Geometry::DEMO)?;
+    if stream {
+        say(said.trim_end());
+    }
 
     tell("The daemon serves it, over vhost-user");
     show(
         stream,
         &format!(
-            "zbdkit serve {} --vhost-user-blk {}",
+            "zbdkit serve {} --vhost-user-blk {} --queues {QUEUES}",
             file_name(image),
             socket.display()
         ),
@@ -116,7 +119,7 @@ pub fn story(rig: &Rig, zbdkit: &Zbdkit, image: &Path, name: &str, stream: bool)
     show(
         stream,
         &format!(
-            "zbdkit serve {} --vhost-user-blk {}",
+            "zbdkit serve {} --vhost-user-blk {} --queues {QUEUES}",
             file_name(image),
             socket.display()
         ),

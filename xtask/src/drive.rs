@@ -65,7 +65,7 @@ impl Geometry {
         conventional: 0,
         max_open: 6,
         max_active: 8,
-        block_size: 512,
+        block_size: 4096,
     };
 
     /// The arguments of `zbdkit create` for this geometry.
@@ -104,7 +104,8 @@ impl Geometry {
             .variable("CONVENTIONAL", self.conventional)
             .variable("MAX_OPEN", self.max_open)
             .variable("MAX_ACTIVE", self.max_active)
-            .variable("BLOCK_SIZE", self.block_size)
+            // Not BLOCK_SIZE, which coreutils obey.
+            .variable("SECTOR_BYTES", self.block_size)
     }
 }
 
@@ -141,21 +142,25 @@ impl Zbdkit {
         proc::command(&self.program)
     }
 
-    /// Makes a new image, in place of an old one.
-    pub fn create(&self, image: &Path, geometry: &Geometry) -> Result<()> {
+    /// Makes a new image, in place of an old one; returns what zbdkit said.
+    pub fn create(&self, image: &Path, geometry: &Geometry) -> Result<String> {
         remove_image(image)?;
         let mut create = self.command();
         create.arg("create").arg(image).args(geometry.create_arguments());
         let said = proc::capture(&mut create, "zbdkit create", COMMAND_LIMIT)?;
-        std::io::stdout().write_all(&said)?;
-        Ok(())
+        Ok(String::from_utf8_lossy(&said).into_owned())
     }
 
     /// Serves `image` at `socket` and returns once the daemon says that it is ready. What it prints goes to `log` as well.
     pub fn serve(&self, image: &Path, socket: &Path, log: &Path) -> Result<Daemon> {
         let mut keep = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
         let mut serve = self.command();
-        serve.arg("serve").arg(image).arg("--vhost-user-blk").arg(socket);
+        serve
+            .arg("serve")
+            .arg(image)
+            .arg("--vhost-user-blk")
+            .arg(socket)
+            .args(["--queues", &QUEUES.to_string()]);
         serve
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

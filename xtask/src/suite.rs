@@ -117,24 +117,22 @@ impl Which {
     }
 
     fn script(self, tests: &[String]) -> String {
-        let copy = "cp -a /share/suite /tmp/suite && cd /tmp/suite || fail 'no suite'\n";
+        let tests: String = tests.iter().map(|test| format!(" -t {test}")).collect();
         match self {
-            Which::FioZbd => {
-                let tests: String = tests.iter().map(|test| format!(" -t {test}")).collect();
-                format!(
-                    "{copy}./test-zbd-support -r -w{tests} \"$DEV\"\nstatus=$?\n\
-                     mkdir -p /share/logs && cp test-zbd-support.log* /share/logs/\nexit $status\n"
-                )
-            }
+            // The script calls the fio of the source tree that it stands in.
+            Which::FioZbd => format!(
+                "mkdir -p /tmp/fio/t && cp -a /share/suite /tmp/fio/t/zbd && ln -s /usr/bin/fio /tmp/fio/fio\n\
+                 cd /tmp/fio/t/zbd || fail 'no suite'\n\
+                 ./test-zbd-support -r -w{tests} \"$DEV\"\nstatus=$?\n\
+                 mkdir -p /share/logs && cp test-zbd-support.log* /share/logs/\nexit $status\n"
+            ),
             Which::Zonefs => {
                 // The tests from 0600 on make their own null_blk and say nothing about the drive.
-                let tests = if tests.is_empty() {
-                    " -t 0001-0519".to_owned()
-                } else {
-                    tests.iter().map(|test| format!(" -t {test}")).collect()
-                };
+                let tests = if tests.is_empty() { " -t 0001-0519" } else { &tests };
                 format!(
-                    "{copy}./zonefs-tests.sh -g /tmp/logs{tests} \"$DEV\"\nstatus=$?\n\
+                    "cp -a /share/suite /tmp/suite && cd /tmp/suite || fail 'no suite'\n\
+                     printf '#!/bin/sh\\nexec \"$@\"\\n' >/usr/local/bin/sudo && chmod +x /usr/local/bin/sudo\n\
+                     ./zonefs-tests.sh -g /tmp/logs{tests} \"$DEV\"\nstatus=$?\n\
                      mkdir -p /share/logs && cp /tmp/logs/* /share/logs/\nexit $status\n"
                 )
             }
