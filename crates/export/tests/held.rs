@@ -1,0 +1,286 @@
+//! Requests that take their time: draining, disconnects in mid-request, and I/O that does not end.
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use common::Rig;
+use zbdkit_block::{CrossZone, Device, Error, Lane, Limits, Node, Request};
+use zbdkit_export::vhost_user_blk::ServeError;
+use zbdkit_io::IoBuf;
+use zbdkit_testkit::client::{self, Client, Framing, Status, feature};
+
+/// A disk of zeros whose requests wait while the gate is shut.
+struct Gate {
+    limits: Limits,
+    state: Arc<State>,
+}
+
+#[derive(Default)]
+struct State {
+    shut: AtomicBool,
+    broken: AtomicBool,
+    waiting: AtomicUsize,
+    flushes: AtomicUsize,
+    wakers: Mutex<Vec<Waker>>,
+}
+
+impl State {
+    fn shut(&self) {
+        self.shut.store(true, Ordering::SeqCst);
+    }
+
+    fn open(&self) {
+        self.shut.store(false, Ordering::SeqCst);
+        self.wakers.lock().unwrap().drain(..).for_each(Waker::wake);
+    }
+
+    async fn pass(&self) -> Result<(), Error> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        std::future::poll_fn(|cx| {
+            // The waker first: whoever opens the gate looks for it afterwards.
+            self.wakers.lock().unwrap().push(cx.waker().clone());
+            if self.shut.load(Ordering::SeqCst) {
+                Poll::Pending
+            } else {
+                Poll::Ready(())
+            }
+        })
+        .await;
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        if self.broken.load(Ordering::SeqCst) {
+            Err(Error::Io { op: "read", errno: 5 })
+        } else {
+            Ok(())
+        }
+    }
+
+    fn wait_for(&self, count: usize) {
+        until("requests are waiting", || {
+            self.waiting.load(Ordering::SeqCst) == count
+        });
+    }
+}
+
+impl Node for Gate {
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn driver(&self) -> &'static str {
+        "gate"
+    }
+
+    fn read<'a>(&'a self, _: &'a Lane, buf: IoBuf, _: u64, _: CrossZone) -> Request<'a, ()> {
+        Box::pin(async move {
+            self.state.pass().await?;
+            buf.fill(0..buf.len(), 0x42);
+            Ok(())
+        })
+    }
+
+    fn write<'a>(&'a self, _: &'a Lane, _: IoBuf, _: u64) -> Request<'a, ()> {
+        Box::pin(self.state.pass())
+    }
+
+    fn flush(&self) -> Request<'_, ()> {
+        self.state.flushes.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async { Ok(()) })
+    }
+
+    fn write_zeroes<'a>(&'a self, _: &'a Lane, _: u64, _: u64, _: bool) -> Request<'a, ()> {
+        Box::pin(self.state.pass())
+    }
+
+    fn discard<'a>(&'a self, _: &'a Lane, _: u64, _: u64) -> Request<'a, ()> {
+        Box::pin(self.state.pass())
+    }
+
+    fn close(&self) -> Request<'_, ()> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn rig(drain_within: Duration) -> (Rig, Arc<State>) {
+    let state = Arc::new(State::default());
+    let gate = Gate {
+        limits: Limits::plain(1 << 20, 512, false),
+        state: state.clone(),
+    };
+    let rig = Rig::with(Device::new(Arc::new(gate)), |o| o.drain_within = drain_within);
+    (rig, state)
+}
+
+fn start_reads(client: &mut Client, count: usize) {
+    for _ in 0..count {
+        client
+            .queue(0)
+            .submit(&client::Request::Read { sector: 0, len: 4096 })
+            .unwrap();
+    }
+    client.queue(0).publish().unwrap();
+}
+
+const PATIENT: Duration = Duration::from_secs(30);
+
+#[test]
+fn getting_the_base_waits_for_what_is_in_flight() {
+    let (rig, state) = rig(PATIENT);
+    let mut client = rig.client();
+    state.shut();
+    start_reads(&mut client, 4);
+    state.wait_for(4);
+    let opened = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let stopping = scope.spawn(|| {
+            let base = client.stop_queue(0).unwrap();
+            assert!(
+                opened.load(Ordering::SeqCst),
+                "the reply came before the requests ended"
+            );
+            assert_eq!((base, client.queue(0).ring().unwrap().used_index()), (4, 4));
+        });
+        opened.store(true, Ordering::SeqCst);
+        state.open();
+        stopping.join().unwrap();
+    });
+}
+
+#[test]
+fn a_client_that_goes_in_mid_request_keeps_the_next_one_waiting_until_it_is_over() {
+    let (rig, state) = rig(PATIENT);
+    for _ in 0..5 {
+        let mut client = rig.client();
+        state.shut();
+        start_reads(&mut client, 4);
+        state.wait_for(4);
+        drop(client);
+        let opened = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| {
+                let mut client = rig.client();
+                assert!(
+                    opened.load(Ordering::SeqCst),
+                    "served while the old requests were in flight"
+                );
+                client.queue(0).read(0, 4096).unwrap()
+            });
+            opened.store(true, Ordering::SeqCst);
+            state.open();
+            assert_eq!(next.join().unwrap(), [0x42; 4096]);
+        });
+    }
+}
+
+#[test]
+fn requests_that_do_not_end_refuse_clients_until_they_do() {
+    let (rig, state) = rig(Duration::from_millis(20));
+    let mut client = rig.client();
+    state.shut();
+    start_reads(&mut client, 2);
+    state.wait_for(2);
+    drop(client);
+    rig.try_client(|_| {}).unwrap_err();
+    state.open();
+    until("clients are served again", || {
+        rig.try_client(|_| {})
+            .is_ok_and(|mut c| c.queue(0).read(0, 512).is_ok())
+    });
+}
+
+#[test]
+fn a_shutdown_over_requests_that_do_not_end_says_so() {
+    let (mut rig, state) = rig(Duration::from_millis(20));
+    let mut client = rig.client();
+    state.shut();
+    start_reads(&mut client, 2);
+    state.wait_for(2);
+    let error = rig.stop().unwrap_err();
+    assert!(matches!(error, ServeError::Stuck(_)), "{error}");
+    assert_eq!(
+        client.queue(0).ring().unwrap().used_index(),
+        0,
+        "nothing is answered that is not done"
+    );
+}
+
+#[test]
+fn more_requests_than_slots_wait_for_a_slot() {
+    let (rig, state) = rig(PATIENT);
+    let mut client = rig.client_with(|o| {
+        o.queue_size = 4;
+        o.slots = 4;
+    });
+    client.queue(0).set_framing(Framing::LINUX);
+    state.shut();
+    start_reads(&mut client, 4);
+    state.wait_for(4);
+    // The same chains once more, which no good driver does.
+    let ring = client.queue(0).ring().unwrap();
+    let heads: Vec<u16> = (0..4)
+        .map(|n| ring.avail().load_u16(4 + 2 * n, Ordering::Relaxed))
+        .collect();
+    heads.into_iter().for_each(|head| ring.push_by_hand(head));
+    ring.publish().unwrap();
+    ring.kick().unwrap();
+    state.open();
+    until("all eight are used", || {
+        client.queue(0).ring().unwrap().used_index() == 8
+    });
+}
+
+#[test]
+fn a_failure_below_is_an_io_error() {
+    let (rig, state) = rig(PATIENT);
+    let mut client = rig.client();
+    state.broken.store(true, Ordering::SeqCst);
+    let read = client
+        .queue(0)
+        .run(&client::Request::Read { sector: 0, len: 512 })
+        .unwrap();
+    let write = client
+        .queue(0)
+        .run(&client::Request::Write {
+            sector: 0,
+            data: vec![0; 512],
+        })
+        .unwrap();
+    assert_eq!((read.status, write.status), (Status::IOERR, Status::IOERR));
+    state.broken.store(false, Ordering::SeqCst);
+    client.queue(0).read(0, 512).unwrap();
+}
+
+#[test]
+fn in_write_through_mode_each_write_is_flushed_before_it_is_answered() {
+    let (rig, state) = rig(PATIENT);
+    let flushes = || state.flushes.load(Ordering::SeqCst);
+    let mut client = rig.client();
+    client.queue(0).write(0, &[1; 512]).unwrap();
+    assert_eq!(flushes(), 0);
+    client.channel().unwrap().set_config(32, &[0]).unwrap();
+    client.queue(0).write(0, &[1; 512]).unwrap();
+    client.queue(0).write_zeroes(0, 8, false).unwrap();
+    assert_eq!(flushes(), 2);
+    client.channel().unwrap().set_config(32, &[1]).unwrap();
+    client.queue(0).write(0, &[1; 512]).unwrap();
+    assert_eq!(flushes(), 2);
+    drop(client);
+    let mut client = rig.client_with(|o| o.features &= !(feature::FLUSH | feature::CONFIG_WCE));
+    client.queue(0).write(0, &[1; 512]).unwrap();
+    assert_eq!(flushes(), 3, "a driver that cannot flush");
+    drop(client);
+    let mut client = rig.client();
+    client.queue(0).write(0, &[1; 512]).unwrap();
+    assert_eq!(flushes(), 3);
+}
