@@ -13,7 +13,7 @@ use crate::verbs::{completions, create, info, io, man, report, serve, set_zone, 
 #[command(name = "zbdkit", version, max_term_width = 100, after_help = AFTER_HELP)]
 pub struct Cli {
     /// Say more on stderr; twice for debugging (RUST_LOG=... is finer)
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, display_order = 900, action = clap::ArgAction::Count)]
     pub verbose: u8,
 
     #[command(subcommand)]
@@ -28,13 +28,15 @@ Examples:
   zbdkit io disk.raw -c 'zrp 0 12' -c 'zap -p 0 0x1000 0x2000'
 
 Images:
-  An IMAGE is a path (its zone table is IMAGE.zones), a graph as QEMU writes it
-  (driver=zoned,file.driver=file,file.filename=disk.raw,sidecar=zones.tbl) or the same as JSON
-  (json:{\"driver\": \"zoned\", ...}). A comma in a value is written twice. Drivers: file, memory, raw, zoned.
+  An IMAGE is a path (its zone table is IMAGE.zones), a graph as QEMU writes
+  it (driver=zoned,file.driver=file,file.filename=disk.raw,sidecar=zones.tbl)
+  or the same as JSON (json:{\"driver\": \"zoned\", ...}). A comma in a value is
+  written twice. Drivers: file, memory, raw, zoned.
 
 Units:
-  Sizes and offsets are bytes, with a suffix k, M, G, T, P or E (powers of 1024), s for 512-byte sectors, or in hex:
-  64M, 0x4000000 and 0x20000s are the same. Zones are counted from 0.
+  Sizes and offsets are bytes, with a suffix k, M, G, T, P or E (powers of
+  1024), s for 512-byte sectors, or in hex: 64M, 0x4000000 and 0x20000s are
+  the same. Zones are counted from 0.
 
 Exit status:
   0  it worked

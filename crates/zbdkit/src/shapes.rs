@@ -35,7 +35,7 @@ impl Zoned {
             max_append,
             size: _,
             block_size: _,
-        } = geometry.spec().clone();
+        } = *geometry.spec();
         Zoned {
             model: model_name(model),
             zone_size,

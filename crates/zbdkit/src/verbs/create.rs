@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use zbdkit_block::{
     CreateError, CreateOptions, DEFAULT_BLOCK_SIZE, DEFAULT_ZONE_SIZE, default_sidecar, did_you_mean,
-    format_size, parse_size,
+    format_size,
 };
 use zbdkit_zone::{GeometrySpec, Model};
 
@@ -105,8 +105,9 @@ Examples:
 The file is sparse: it takes the space of what is written. Sizes are bytes with a suffix k, M, G, T (powers of 1024).
 
 JSON:
-  {image, format, sidecar, uuid, size, block_size, zoned: {model, zone_size, zone_capacity, nr_zones,
-  nr_conventional, max_open, max_active, max_append}}; sizes in bytes, a limit of 0 is no limit";
+  {image, format, sidecar, uuid, size, block_size, zoned: {model, zone_size,
+  zone_capacity, nr_zones, nr_conventional, max_open, max_active,
+  max_append}}; sizes in bytes, a limit of 0 is no limit";
 
 /// The names of `-o`, and what they are.
 const OPTIONS: [(&str, &str); 10] = [
@@ -217,7 +218,7 @@ fn take_options(args: &mut Create, text: &str) -> anyhow::Result<()> {
 
 fn take_option(args: &mut Create, key: &str, value: &str) -> anyhow::Result<()> {
     let wrong = |wanted: &str| Usage(format!("-o {key}={value}: {wanted}"));
-    let bytes = || parse_size(value).ok_or_else(|| wrong("not a size in bytes, as in 64M"));
+    let bytes = || args::bytes(value).map_err(|e| wrong(&e));
     let count = || args::count(value).map_err(|e| wrong(&e));
     match key {
         "size" => put(&mut args.size, key, bytes()?),

@@ -33,13 +33,15 @@ Examples:
   zbdkit info disk.raw
   zbdkit info -U --json disk.raw | jq .conditions
 
-Looking takes QEMU's read locks and changes nothing, so damage that is reported as made good is still there until the
+Looking takes QEMU's read locks and changes nothing, so damage that is reported as made good is still there until the \
 image is next opened for writing.
 
 JSON:
-  {image, filename, driver, size, block_size, disk_usage, zoned: {model, zone_size, zone_capacity, nr_zones,
-  nr_conventional, max_open, max_active, max_append} or null, conditions: {CONDITION: COUNT, ...} or null,
-  table: {path, disk_usage, uuid, epoch, clean} or null, notices: [TEXT, ...]}; sizes in bytes, a limit of 0 is no limit";
+  {image, filename, driver, size, block_size, disk_usage, zoned: {model,
+  zone_size, zone_capacity, nr_zones, nr_conventional, max_open, max_active,
+  max_append} or null, conditions: {CONDITION: COUNT, ...} or null, table:
+  {path, disk_usage, uuid, epoch, clean} or null, notices: [TEXT, ...]}; sizes
+  in bytes, a limit of 0 is no limit";
 
 pub fn run(args: &Info) -> anyhow::Result<()> {
     let graph = args.image.graph()?;
@@ -63,7 +65,7 @@ pub fn run(args: &Info) -> anyhow::Result<()> {
             }),
             notices: device.notices().to_vec(),
         })
-        .map(|info| (info, device.limits().zoned.clone()))
+        .map(|info| (info, device.limits().zoned))
     });
     let (info, geometry) = info?;
     let mut out = Out::new();

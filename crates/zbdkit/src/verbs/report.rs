@@ -99,13 +99,15 @@ Examples:
   zbdkit report disk.raw --filter closed --json | jq '.zones[].wp'
 
 Lines:
-  As blkzone(8) prints them, in 512-byte sectors; wptr is relative to the zone's start. An --offset can be pasted from
-  a line with an s behind it. Conditions: nw not write pointer, em empty, oi implicitly open, oe explicitly open,
-  cl closed, ro read-only, fu full, of offline.
+  As blkzone(8) prints them, in 512-byte sectors; wptr is relative to the
+  zone's start. An --offset can be pasted from a line with an s behind it.
+  Conditions: nw not write pointer, em empty, oi implicitly open, oe
+  explicitly open, cl closed, ro read-only, fu full, of offline.
 
 JSON:
-  {zones: [{zone, start, len, capacity, wp, written_end, type, condition, resets, finishes, bytes_written}, ...]}
-  All positions are absolute bytes; wp is start + capacity in a full zone; written_end is where data really ends";
+  {zones: [{zone, start, len, capacity, wp, written_end, type, condition,
+  resets, finishes, bytes_written}, ...]}; all positions are absolute bytes; wp
+  is start + capacity in a full zone; written_end is where data really ends";
 
 pub fn run(args: &Report) -> anyhow::Result<()> {
     let graph = args.image.graph()?;

@@ -41,7 +41,7 @@ Examples:
   zbdkit reset disk.raw 64M --count 2
   zbdkit reset disk.raw --all
 
-What was in the zones is gone, and its space is given back. With --all, zones that are read-only or offline are passed
+What was in the zones is gone, and its space is given back. With --all, zones that are read-only or offline are passed \
 over. The reset is durable when the command returns.";
 
 pub const OPEN_HELP: &str = "\
@@ -49,8 +49,8 @@ Examples:
   zbdkit open disk.raw --zone 3
   zbdkit open disk.raw 0x8000000 --count 2
 
-An open zone stays open only while a process has the image open: when this command ends, the zones are closed (empty, if
-nothing was written to them). So on an image file it tells whether the zones can be opened, within the device's
+An open zone stays open only while a process has the image open: when this command ends, the zones are closed (empty, if \
+nothing was written to them). So on an image file it tells whether the zones can be opened, within the device's \
 limits. A guest opens the zones of a served image itself.";
 
 pub const CLOSE_HELP: &str = "\
@@ -65,7 +65,7 @@ Examples:
   zbdkit finish disk.raw --zone 3
   zbdkit finish disk.raw 64M --count 2
 
-A finished zone takes no writes until it is reset; what was not written reads as zeros. Durable when the command
+A finished zone takes no writes until it is reset; what was not written reads as zeros. Durable when the command \
 returns.";
 
 /// What is done to the zones.

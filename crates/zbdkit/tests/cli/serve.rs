@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use zbdkit_testkit::client::{Client, Options, ZoneState};
@@ -192,6 +192,38 @@ fn a_served_image_is_not_opened_a_second_time() {
     let daemon = Daemon::start(serve(&bench, &["disk.raw", "--vhost-user-blk", "s"]));
     let run = bench.run(&["serve", "disk.raw", "--vhost-user-blk", "t"]);
     run.fails(1, &format!("zbdkit (process {})", daemon.child.id()));
+}
+
+/// Waits until the process has its own handler of SIGTERM.
+fn wait_for_handler(child: &Child) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let caught = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigCgt:"))
+            .unwrap();
+        if u64::from_str_radix(caught.trim(), 16).unwrap() & (1 << (Signal::TERM.as_raw() - 1)) != 0 {
+            return;
+        }
+        assert!(Instant::now() < deadline, "no handler");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let bench = Bench::with_demo();
+    let _holder = bench.interactive("disk.raw");
+    // It waits some seconds for the image, in which the first signal has no effect yet.
+    let mut command = serve(&bench, &["disk.raw", "--vhost-user-blk", "s"]);
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    wait_for_handler(&child);
+    while child.try_wait().unwrap().is_none() {
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
 }
 
 #[test]

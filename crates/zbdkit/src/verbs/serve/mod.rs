@@ -83,8 +83,8 @@ Examples:
   zbdkit serve driver=memory,size=1G --vhost-user-blk /tmp/ram.sock --queues 4
   zbdkit serve --config /etc/zbdkit.toml
 
-It prints the arguments of QEMU and crosvm to paste, then a line that begins with 'ready:', and goes on until SIGTERM or
-SIGINT, which closes the images cleanly; a second signal ends it at once. A virtual machine may come, go and come again.
+It prints the arguments of QEMU and crosvm to paste, then a line that begins with 'ready:', and goes on until SIGTERM or \
+SIGINT, which closes the images cleanly; a second signal ends it at once. A virtual machine may come, go and come again. \
 Under systemd it says when it is ready (Type=notify) and takes sockets (SOCKET is 'systemd'; in the order of the doors).
 
 Configuration:
