@@ -96,7 +96,11 @@ pub fn judge_conventional(
         Some(Ok(entry)) => entry.done(),
         Some(Err(what)) => return Err(place(what)),
         None if found == log.base[block as usize] => Some(0),
-        None => return Err(place(format!("found {found}, which no request of this round wrote"))),
+        None => {
+            return Err(place(format!(
+                "found {found}, which no request of this round wrote"
+            )));
+        }
     };
     let later = log.writers(block).find(|later| {
         secured.holds(later) && later.precedes(now) && after.is_some_and(|after| after < later.submitted)
@@ -189,7 +193,11 @@ impl<'a> Case<'a> {
         contents: &[Stamp],
     ) -> Result<Self, String> {
         let full = found.state == ZoneState::Full;
-        let common = contents.iter().zip(&base.blocks).take_while(|(a, b)| a == b).count();
+        let common = contents
+            .iter()
+            .zip(&base.blocks)
+            .take_while(|(a, b)| a == b)
+            .count();
         let whole = common == base.blocks.len();
         if common > 0 && (!whole || (base.full && !full)) {
             return Err(format!(
@@ -221,7 +229,9 @@ impl<'a> Case<'a> {
             if let Some(later) = earliest
                 && later.precedes(entry.submitted)
             {
-                return Err(format!("{entry:?} lies before {later:?}, which was acknowledged before"));
+                return Err(format!(
+                    "{entry:?} lies before {later:?}, which was acknowledged before"
+                ));
             }
             let time = |entry: &Entry| entry.done().unwrap_or(Time::MAX);
             if earliest.is_none_or(|other| time(entry) < time(other)) {
@@ -241,10 +251,14 @@ impl<'a> Case<'a> {
     fn resets_hold(&self) -> Result<(), String> {
         for reset in self.resets().filter(|reset| reset.done().is_some()) {
             if self.base_kept && !self.base.blocks.is_empty() {
-                return Err(format!("{reset:?} was acknowledged, but what was there before still is"));
+                return Err(format!(
+                    "{reset:?} was acknowledged, but what was there before still is"
+                ));
             }
             if let Some(entry) = self.kept.iter().find(|entry| entry.precedes(reset.submitted)) {
-                return Err(format!("{reset:?} was acknowledged, but {entry:?} from before is there"));
+                return Err(format!(
+                    "{reset:?} was acknowledged, but {entry:?} from before is there"
+                ));
             }
         }
         Ok(())
@@ -303,9 +317,13 @@ impl<'a> Case<'a> {
     /// A zone that is full without being written to its end was finished.
     fn full(&self) -> Result<(), String> {
         let written: u32 = self.kept.iter().map(|entry| entry.blocks).sum();
-        let at_start = if self.base_kept { self.base.blocks.len() as u32 } else { 0 };
+        let at_start = if self.base_kept {
+            self.base.blocks.len() as u32
+        } else {
+            0
+        };
         let at_end = at_start + written == self.capacity;
-        let was_full = self.base.full && self.resets().all(|reset| reset.done().is_none());
+        let was_full = self.base.full && self.base_kept && self.resets().all(|reset| reset.done().is_none());
         if !self.full || at_end || was_full {
             return Ok(());
         }
@@ -320,7 +338,10 @@ impl<'a> Case<'a> {
         if self.entries.iter().any(|entry| holds(&entry)) {
             return Ok(());
         }
-        Err(format!("the zone is full with {} blocks and nothing finished it", at_start + written))
+        Err(format!(
+            "the zone is full with {} blocks and nothing finished it",
+            at_start + written
+        ))
     }
 
     fn counts(&self) -> (u32, u32) {
@@ -346,13 +367,18 @@ fn requests<'a>(
     while at < contents.len() {
         let first = contents[at];
         let Some(&entry) = by_id.get(&first.id) else {
-            return Err(format!("block {at} holds {first}, which is no request of this round to this zone"));
+            return Err(format!(
+                "block {at} holds {first}, which is no request of this round to this zone"
+            ));
         };
         if entry.outcome == Outcome::Refused {
             return Err(format!("block {at} holds {first}, a request that was refused"));
         }
         if entry.at != ANYWHERE && entry.at as usize != at {
-            return Err(format!("block {at} holds {first}, which went to block {}", entry.at));
+            return Err(format!(
+                "block {at} holds {first}, which went to block {}",
+                entry.at
+            ));
         }
         if kept.iter().any(|other| other.id == entry.id) {
             return Err(format!("block {at} holds {first}, which is there already"));
@@ -362,7 +388,9 @@ fn requests<'a>(
             let expected = entry.stamp(zone, index);
             if contents.get(block) != Some(&expected) {
                 let found = contents.get(block).map_or("nothing".into(), Stamp::to_string);
-                return Err(format!("block {block} holds {found}, where {expected} belongs: {entry:?}"));
+                return Err(format!(
+                    "block {block} holds {found}, where {expected} belongs: {entry:?}"
+                ));
             }
         }
         kept.push(entry);
@@ -370,3 +398,6 @@ fn requests<'a>(
     }
     Ok(kept)
 }
+
+#[cfg(test)]
+mod tests;

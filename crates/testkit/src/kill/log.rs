@@ -169,7 +169,9 @@ impl ZoneLog {
         for (index, slot) in (0..).zip(range) {
             if let Some(other) = slot.replace(entry.stamp(self.zone, index)) {
                 let block = at + index;
-                return Err(format!("block {block} was given to {entry:?}, and before that to {other}"));
+                return Err(format!(
+                    "block {block} was given to {entry:?}, and before that to {other}"
+                ));
             }
         }
         Ok(())

@@ -155,7 +155,10 @@ mod tests {
         for at in 0..good.len() {
             let mut block = good.clone();
             block[at] ^= 0x10;
-            assert!(matches!(Content::of(1, &block), Content::Garbage { .. }), "byte {at}");
+            assert!(
+                matches!(Content::of(1, &block), Content::Garbage { .. }),
+                "byte {at}"
+            );
         }
         let mut tail = vec![0; 512];
         tail[511] = 1;

@@ -1,0 +1,710 @@
+//! A client thread: keeps requests in flight on its queue, and logs them and their acknowledgements.
+//!
+//! Each queue writes to two zones of its own, several requests in flight in each; all queues append to the same few
+//! zones, write to the conventional ones, and reset and finish zones also while requests are in flight in them. A
+//! request that loses such a race is refused; then the queue asks the device where the zone stands.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use super::judge::{Secured, judge_conventional};
+use super::log::{Op, Time};
+use super::rng::Rng;
+use super::shared::{AppendZone, Counts, Hint, Shared, lock};
+use super::stamp::{Content, Stamp};
+use crate::client::zone::{REPORT_ENTRY, parse_report};
+use crate::client::{ClientError, Completion, Framing, Queue, Request, Status, Ticket, Zone, ZoneState};
+
+/// Zones to which a queue writes at one time.
+pub const OWN_ZONES: usize = 2;
+/// Zones to which all queues append.
+pub const APPEND_ZONES: usize = 3;
+/// How long a request may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A zone to which only this queue writes.
+#[derive(Debug, Default)]
+struct Own {
+    zone: Option<u32>,
+    /// Where the next write goes, where that is known.
+    next: Option<u32>,
+    /// Somebody is finding out where the zone stands.
+    asked: bool,
+    in_flight: u32,
+    refusals: u32,
+}
+
+/// A request in flight, and what its end means.
+#[derive(Debug)]
+enum Flight {
+    Write {
+        zone: u32,
+        entry: usize,
+        own: usize,
+    },
+    Append {
+        zone: u32,
+        entry: usize,
+    },
+    Conventional {
+        zone: u32,
+        entry: usize,
+    },
+    Reset {
+        zone: u32,
+        entry: usize,
+        own: Option<usize>,
+    },
+    ResetAll(Vec<usize>),
+    Finish {
+        zone: u32,
+        entry: usize,
+    },
+    Flush(Time),
+    Read {
+        zone: u32,
+        at: u32,
+        expect: Vec<Option<Stamp>>,
+        resets: u32,
+    },
+    ReadConventional {
+        zone: u32,
+        at: u32,
+        submitted: Time,
+    },
+    /// Where does the zone stand?
+    Ask {
+        zone: u32,
+        purpose: Purpose,
+        known_end: u32,
+        resets: u32,
+    },
+    OpenOrClose,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Purpose {
+    Own(usize),
+    Append,
+    Look,
+}
+
+/// One queue's traffic.
+pub struct Worker<'a> {
+    shared: &'a Shared<'a>,
+    queue: Queue,
+    rng: Rng,
+    flights: HashMap<Ticket, Flight>,
+    own: [Own; OWN_ZONES],
+    counts: Counts,
+    explicit: u32,
+}
+
+impl<'a> Worker<'a> {
+    /// A worker on `queue`.
+    pub fn new(shared: &'a Shared<'a>, mut queue: Queue, rng: Rng) -> Self {
+        queue.set_framing(if shared.plan.indirect {
+            Framing::LINUX
+        } else {
+            Framing::default()
+        });
+        Worker {
+            shared,
+            queue,
+            rng,
+            flights: HashMap::new(),
+            own: Default::default(),
+            counts: Counts::default(),
+            explicit: 0,
+        }
+    }
+
+    /// Runs until the round ends. What the device does wrong ends it.
+    pub fn run(&mut self) {
+        if let Err(what) = self.traffic() {
+            self.shared.breach(what);
+        }
+    }
+
+    /// Once the daemon is gone: takes what it completed, and gives back the counts.
+    pub fn drain(&mut self) -> Counts {
+        loop {
+            match self.queue.poll() {
+                Ok(Some(completion)) => {
+                    if let Err(what) = self.completed(completion) {
+                        self.shared.breach(what);
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    self.shared.breach(error.to_string());
+                    break;
+                }
+            }
+        }
+        self.counts.in_flight = self.flights.len() as u64;
+        std::mem::take(&mut self.counts)
+    }
+
+    fn traffic(&mut self) -> Result<(), String> {
+        let mut heard = Instant::now();
+        while !self.shared.stopped() {
+            // Attempts, not requests: there may be nothing to do for a while.
+            for _ in 0..2 * self.shared.plan.depth {
+                if !self.shared.submitting() || self.flights.len() >= self.shared.plan.depth {
+                    break;
+                }
+                self.act()?;
+            }
+            if self.flights.is_empty() && !self.shared.submitting() {
+                return Ok(());
+            }
+            self.queue.publish().map_err(|error| error.to_string())?;
+            while let Some(completion) = self.queue.poll().map_err(|error| error.to_string())? {
+                heard = Instant::now();
+                self.completed(completion)?;
+            }
+            let soon = Instant::now() + Duration::from_millis(20);
+            let full = self.flights.len() >= self.shared.plan.depth || !self.shared.submitting();
+            if full && !self.flights.is_empty() {
+                self.queue.wait_used(soon).map_err(|error| error.to_string())?;
+            }
+            if heard.elapsed() > PATIENCE && !self.shared.stopped() {
+                return Err(format!(
+                    "nothing was completed for {PATIENCE:?}: {:?}",
+                    self.flights
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, request: &Request, flight: Flight) -> Result<(), String> {
+        match self.queue.submit(request) {
+            Ok(ticket) => {
+                self.flights.insert(ticket, flight);
+                Ok(())
+            }
+            // The plan keeps less in flight than the queue holds.
+            Err(error) => Err(format!("{flight:?} could not be submitted: {error}")),
+        }
+    }
+
+    fn act(&mut self) -> Result<(), String> {
+        let weights = self.shared.plan.weights;
+        let mut roll = self
+            .rng
+            .below(weights.iter().map(|&weight| u64::from(weight)).sum());
+        let kind = weights.iter().position(|&weight| {
+            let hit = roll < u64::from(weight);
+            roll = roll.saturating_sub(weight.into());
+            hit
+        });
+        match kind {
+            Some(0) => self.write(),
+            Some(1) => self.append(),
+            Some(2) => self.write_conventional(),
+            Some(3) => self.read(),
+            Some(4) => self.send(&Request::Flush, Flight::Flush(self.shared.now())),
+            Some(5) => self.reset_some(),
+            Some(6) => self.finish_some(),
+            Some(7) => self.open_or_close(),
+            Some(8) => {
+                let zone = self.any_sequential();
+                self.ask(zone, Purpose::Look)
+            }
+            Some(9) => {
+                let zone = self.any_sequential();
+                self.append_to(zone, 1)
+            }
+            _ => self.reset_all(),
+        }
+    }
+
+    fn any_sequential(&mut self) -> u32 {
+        let first = self.shared.geometry.conventional;
+        first + self.rng.below(u64::from(self.shared.geometry.zones - first)) as u32
+    }
+
+    fn length(&mut self, room: u32) -> u32 {
+        self.rng.skewed(1, self.shared.plan.longest.min(room).into()) as u32
+    }
+
+    fn data(&self, stamp: impl Fn(u32) -> Stamp, blocks: u32) -> Vec<u8> {
+        let size = self.shared.geometry.block as usize;
+        let mut data = vec![0; size * blocks as usize];
+        for (block, index) in data.chunks_exact_mut(size).zip(0..) {
+            stamp(index).fill(self.shared.image, block);
+        }
+        data
+    }
+
+    fn write(&mut self) -> Result<(), String> {
+        let own = self.rng.below(OWN_ZONES as u64) as usize;
+        let Some(zone) = self.own[own].zone else {
+            self.own[own] = Own::default();
+            self.own[own].zone = lock(&self.shared.pool).take(&mut self.rng);
+            return Ok(());
+        };
+        let Some(at) = self.own[own].next else {
+            if self.own[own].asked || self.own[own].in_flight > 0 {
+                return Ok(());
+            }
+            self.own[own].asked = true;
+            return self.ask(zone, Purpose::Own(own));
+        };
+        let capacity = self.shared.geometry.capacity;
+        if at >= capacity {
+            lock(&self.shared.pool).release(zone, Hint::Full);
+            self.own[own] = Own::default();
+            return Ok(());
+        }
+        let blocks = self.length(capacity - at);
+        let entry = self.shared.entry(Op::Write, at, blocks);
+        let data = self.data(|index| entry.stamp(zone, index), blocks);
+        let entry = self.shared.zone(zone).submit(entry);
+        self.own[own].next = Some(at + blocks);
+        self.own[own].in_flight += 1;
+        let sector = self.shared.geometry.sector(zone, at);
+        self.send(
+            &Request::Write { sector, data },
+            Flight::Write { zone, entry, own },
+        )
+    }
+
+    fn append(&mut self) -> Result<(), String> {
+        let capacity = self.shared.geometry.capacity;
+        let longest = self.shared.plan.longest.min(self.shared.geometry.max_append);
+        let wanted = self.length(longest);
+        let mut pool = lock(&self.shared.pool);
+        if pool.append.len() + pool.append_coming < APPEND_ZONES {
+            let Some(zone) = pool.take(&mut self.rng) else {
+                return Ok(());
+            };
+            pool.append_coming += 1;
+            drop(pool);
+            return self.ask(zone, Purpose::Append);
+        }
+        if pool.append.is_empty() {
+            return Ok(());
+        }
+        let chosen = self.rng.below(pool.append.len() as u64) as usize;
+        let AppendZone { zone, reserved } = pool.append[chosen];
+        let blocks = wanted.min(capacity.saturating_sub(reserved));
+        if blocks == 0 {
+            pool.release(zone, Hint::Full);
+            return Ok(());
+        }
+        pool.append[chosen].reserved += blocks;
+        drop(pool);
+        self.append_to(zone, blocks)
+    }
+
+    fn append_to(&mut self, zone: u32, blocks: u32) -> Result<(), String> {
+        let entry = self.shared.entry(Op::Append, 0, blocks);
+        let data = self.data(|index| entry.stamp(zone, index), blocks);
+        let entry = self.shared.zone(zone).submit(entry);
+        let sector = self.shared.geometry.sector(zone, 0);
+        self.send(
+            &Request::ZoneAppend { sector, data },
+            Flight::Append { zone, entry },
+        )
+    }
+
+    fn write_conventional(&mut self) -> Result<(), String> {
+        let geometry = self.shared.geometry;
+        if geometry.conventional == 0 {
+            return Ok(());
+        }
+        let zone = self.rng.below(geometry.conventional.into()) as u32;
+        let at = self.rng.below(geometry.zone_blocks.into()) as u32;
+        let blocks = self.length((geometry.zone_blocks - at).min(8));
+        let entry = self.shared.entry(Op::Write, at, blocks);
+        let data = self.data(|index| entry.stamp(zone, index), blocks);
+        let entry = lock(&self.shared.conventional[zone as usize]).submit(entry);
+        let sector = geometry.sector(zone, at);
+        self.send(
+            &Request::Write { sector, data },
+            Flight::Conventional { zone, entry },
+        )
+    }
+
+    fn read(&mut self) -> Result<(), String> {
+        let geometry = self.shared.geometry;
+        let blocks = self.length(32);
+        let len = blocks * geometry.block;
+        if geometry.conventional > 0 && self.rng.one_in(4) {
+            let zone = self.rng.below(geometry.conventional.into()) as u32;
+            let at = self
+                .rng
+                .below(u64::from(geometry.zone_blocks - blocks.min(geometry.zone_blocks)) + 1);
+            let at = at as u32;
+            let flight = Flight::ReadConventional {
+                zone,
+                at,
+                submitted: self.shared.now(),
+            };
+            let sector = geometry.sector(zone, at);
+            return self.send(&Request::Read { sector, len }, flight);
+        }
+        let zone = self.any_sequential();
+        let log = self.shared.zone(zone);
+        let end = log.known_end().max(blocks);
+        let at = self.rng.below(u64::from(end - blocks) + 1) as u32;
+        let end = (at + blocks).min(geometry.capacity);
+        let flight = Flight::Read {
+            zone,
+            at,
+            expect: log.known[at as usize..end as usize].to_vec(),
+            resets: log.resets,
+        };
+        drop(log);
+        let (sector, len) = (geometry.sector(zone, at), (end - at) * geometry.block);
+        self.send(&Request::Read { sector, len }, flight)
+    }
+
+    fn ask(&mut self, zone: u32, purpose: Purpose) -> Result<(), String> {
+        let log = self.shared.zone(zone);
+        let (known_end, resets) = (log.known_end(), log.resets);
+        drop(log);
+        let sector = self.shared.geometry.sector(zone, 0);
+        let len = 2 * REPORT_ENTRY as u32;
+        let flight = Flight::Ask {
+            zone,
+            purpose,
+            known_end,
+            resets,
+        };
+        self.send(&Request::ZoneReport { sector, len }, flight)
+    }
+
+    /// A zone that somebody uses, or any. Requests are in flight in it, if it is an own one or one for appends.
+    fn victim(&mut self) -> (u32, Option<usize>) {
+        match self.rng.below(3) {
+            0 => {
+                let own = self.rng.below(OWN_ZONES as u64) as usize;
+                if let Some(zone) = self.own[own].zone {
+                    return (zone, Some(own));
+                }
+            }
+            1 => {
+                let pool = lock(&self.shared.pool);
+                if !pool.append.is_empty() {
+                    let chosen = self.rng.below(pool.append.len() as u64) as usize;
+                    return (pool.append[chosen].zone, None);
+                }
+            }
+            _ => {}
+        }
+        (self.any_sequential(), None)
+    }
+
+    fn reset_some(&mut self) -> Result<(), String> {
+        let (zone, own) = self.victim();
+        let mut pool = lock(&self.shared.pool);
+        for append in pool.append.iter_mut().filter(|append| append.zone == zone) {
+            append.reserved = 0;
+        }
+        if !pool.used[zone as usize] {
+            pool.hints[zone as usize] = Hint::Empty;
+        }
+        drop(pool);
+        self.reset(zone, own)?;
+        if let Some(own) = own {
+            // Either go on at once, before the reset is done, or wait for it.
+            let at_once = self.rng.one_in(2);
+            self.own[own].next = at_once.then_some(0);
+            self.own[own].asked = !at_once;
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self, zone: u32, own: Option<usize>) -> Result<(), String> {
+        let entry = self.shared.entry(Op::Reset, 0, 0);
+        let entry = self.shared.zone(zone).submit(entry);
+        let request = Request::ZoneReset(self.shared.geometry.sector(zone, 0));
+        self.send(&request, Flight::Reset { zone, entry, own })
+    }
+
+    fn reset_all(&mut self) -> Result<(), String> {
+        let entry = self.shared.entry(Op::Reset, 0, 0);
+        let logs = &self.shared.sequential;
+        let entries = logs.iter().map(|log| lock(log).submit(entry)).collect();
+        let mut pool = lock(&self.shared.pool);
+        pool.hints.fill(Hint::Empty);
+        for append in &mut pool.append {
+            append.reserved = 0;
+        }
+        drop(pool);
+        self.send(&Request::ZoneResetAll, Flight::ResetAll(entries))
+    }
+
+    fn finish_some(&mut self) -> Result<(), String> {
+        let (zone, own) = self.victim();
+        let entry = self.shared.entry(Op::Finish, 0, 0);
+        let entry = self.shared.zone(zone).submit(entry);
+        let mut pool = lock(&self.shared.pool);
+        match own {
+            Some(own) => {
+                pool.release(zone, Hint::Full);
+                self.own[own] = Own::default();
+            }
+            None if pool.append.iter().any(|append| append.zone == zone) => pool.release(zone, Hint::Full),
+            None if !pool.used[zone as usize] => pool.hints[zone as usize] = Hint::Full,
+            None => {}
+        }
+        drop(pool);
+        let request = Request::ZoneFinish(self.shared.geometry.sector(zone, 0));
+        self.send(&request, Flight::Finish { zone, entry })
+    }
+
+    fn open_or_close(&mut self) -> Result<(), String> {
+        let own = self.rng.below(OWN_ZONES as u64) as usize;
+        let Some(zone) = self.own[own].zone else {
+            return Ok(());
+        };
+        let sector = self.shared.geometry.sector(zone, 0);
+        // Explicitly open zones are never closed by the device: not too many of them.
+        let open = self.explicit == 0 || self.rng.one_in(3);
+        self.explicit = u32::from(open);
+        let request = if open {
+            Request::ZoneOpen(sector)
+        } else {
+            Request::ZoneClose(sector)
+        };
+        self.send(&request, Flight::OpenOrClose)
+    }
+}
+
+// What comes back.
+impl Worker<'_> {
+    fn completed(&mut self, completion: Completion) -> Result<(), String> {
+        let Some(flight) = self.flights.remove(&completion.ticket) else {
+            return Err(format!("request {} was completed twice", completion.ticket));
+        };
+        let status = completion.status;
+        if [Status::IOERR, Status::UNSUPP, Status::UNTOUCHED].contains(&status) {
+            return Err(format!("{flight:?} was answered with {status}"));
+        }
+        if status != Status::OK {
+            *self.counts.refused.entry(status.to_string()).or_default() += 1;
+            self.refused(flight);
+            return Ok(());
+        }
+        let kind = flight.kind();
+        self.acknowledged(flight, &completion)?;
+        *self.counts.acknowledged.entry(kind).or_default() += 1;
+        self.shared.count();
+        Ok(())
+    }
+
+    fn refused(&mut self, flight: Flight) {
+        match flight {
+            Flight::Write { zone, entry, own } => {
+                self.shared.zone(zone).refuse(entry, false);
+                let own = &mut self.own[own];
+                if own.zone != Some(zone) {
+                    return;
+                }
+                own.in_flight = own.in_flight.saturating_sub(1);
+                own.next = None;
+                own.refusals += 1;
+                // No resources, or somebody else writes there all the time.
+                if own.refusals > 40 {
+                    lock(&self.shared.pool).release(zone, Hint::Partial);
+                    *own = Own::default();
+                }
+            }
+            Flight::Append { zone, entry } => {
+                self.shared.zone(zone).refuse(entry, false);
+                let mut pool = lock(&self.shared.pool);
+                if pool.append.iter().any(|append| append.zone == zone) {
+                    pool.release(zone, Hint::Partial);
+                }
+            }
+            Flight::Conventional { zone, entry } => {
+                lock(&self.shared.conventional[zone as usize]).entries[entry].outcome =
+                    super::log::Outcome::Refused;
+            }
+            Flight::Reset { zone, entry, own } => {
+                self.shared.zone(zone).refuse(entry, false);
+                if let Some(own) = own
+                    && self.own[own].zone == Some(zone)
+                {
+                    self.own[own].asked = false;
+                }
+            }
+            Flight::ResetAll(entries) => {
+                for (log, entry) in self.shared.sequential.iter().zip(entries) {
+                    lock(log).refuse(entry, true);
+                }
+            }
+            Flight::Finish { zone, entry } => self.shared.zone(zone).refuse(entry, false),
+            Flight::Ask { .. }
+            | Flight::Flush(_)
+            | Flight::Read { .. }
+            | Flight::ReadConventional { .. }
+            | Flight::OpenOrClose => {}
+        }
+    }
+
+    fn acknowledged(&mut self, flight: Flight, completion: &Completion) -> Result<(), String> {
+        let shared = self.shared;
+        match flight {
+            Flight::Write { zone, entry, own } => {
+                let mut log = shared.zone(zone);
+                let at = log.entries[entry].at;
+                log.acknowledge(entry, at, shared.now())?;
+                if self.own[own].zone == Some(zone) {
+                    self.own[own].in_flight = self.own[own].in_flight.saturating_sub(1);
+                    self.own[own].refusals = 0;
+                }
+            }
+            Flight::Append { zone, entry } => {
+                let start = shared.geometry.sector(zone, 0);
+                let per_block = u64::from(shared.geometry.block) / super::shared::SECTOR;
+                let offset = completion.append_sector.checked_sub(start);
+                let at = offset.filter(|offset| offset % per_block == 0);
+                let Some(at) = at.and_then(|offset| u32::try_from(offset / per_block).ok()) else {
+                    return Err(format!(
+                        "an append to zone {zone} went to sector {}",
+                        completion.append_sector
+                    ));
+                };
+                shared.zone(zone).acknowledge(entry, at, shared.now())?;
+            }
+            Flight::Conventional { zone, entry } => {
+                let outcome = super::log::Outcome::Done(shared.now());
+                lock(&shared.conventional[zone as usize]).entries[entry].outcome = outcome;
+            }
+            Flight::Reset { zone, entry, own } => {
+                shared.zone(zone).acknowledge(entry, 0, shared.now())?;
+                if let Some(own) = own.map(|own| &mut self.own[own])
+                    && own.zone == Some(zone)
+                    && own.asked
+                {
+                    own.asked = false;
+                    own.next = (own.in_flight == 0).then_some(0);
+                }
+            }
+            Flight::ResetAll(entries) => {
+                let now = shared.now();
+                for (log, entry) in shared.sequential.iter().zip(entries) {
+                    lock(log).acknowledge(entry, 0, now)?;
+                }
+            }
+            Flight::Finish { zone, entry } => shared.zone(zone).acknowledge(entry, 0, shared.now())?,
+            Flight::Flush(submitted) => shared.flushed(submitted),
+            Flight::Read {
+                zone,
+                at,
+                expect,
+                resets,
+            } => {
+                if shared.zone(zone).resets == resets {
+                    self.compare(zone, at, &expect, &completion.data)?;
+                }
+            }
+            Flight::ReadConventional { zone, at, submitted } => {
+                let log = lock(&shared.conventional[zone as usize]);
+                let blocks = completion.data.chunks_exact(shared.geometry.block as usize);
+                for (block, data) in (at..).zip(blocks) {
+                    let content = Content::of(shared.image, data);
+                    // A read beside a write of the same block may see parts of both.
+                    let beside = log.writers(block).any(|writer| !writer.precedes(submitted));
+                    if beside && matches!(content, Content::Garbage { .. }) {
+                        continue;
+                    }
+                    judge_conventional(&log, block, Secured::ALL, submitted, content)
+                        .map_err(|what| format!("a read under way: {what}"))?;
+                }
+                self.counts.verified += completion.data.len() as u64;
+            }
+            Flight::Ask {
+                zone,
+                purpose,
+                known_end,
+                resets,
+            } => {
+                let report =
+                    parse_report(&completion.data).map_err(|error: ClientError| error.to_string())?;
+                let Some(report) = report.first() else {
+                    return Err(format!("no report of zone {zone}"));
+                };
+                let pointer = pointer(report, shared.geometry.block);
+                if shared.zone(zone).resets == resets && pointer < u64::from(known_end) {
+                    return Err(format!(
+                        "{report:?}: the pointer of zone {zone} is at block {pointer}, but writes up to block {known_end} \
+                         were acknowledged before"
+                    ));
+                }
+                self.answered(zone, purpose, report.state, pointer as u32)?;
+            }
+            Flight::OpenOrClose => {}
+        }
+        Ok(())
+    }
+
+    /// Uses what the device said about a zone.
+    fn answered(&mut self, zone: u32, purpose: Purpose, state: ZoneState, next: u32) -> Result<(), String> {
+        let full = state == ZoneState::Full;
+        let submitting = self.shared.submitting();
+        match purpose {
+            Purpose::Own(own) if self.own[own].zone == Some(zone) => {
+                if full && submitting {
+                    return self.reset(zone, Some(own));
+                }
+                self.own[own].asked = false;
+                self.own[own].next = (!full).then_some(next);
+            }
+            Purpose::Append => {
+                if full && submitting {
+                    self.reset(zone, None)?;
+                }
+                let mut pool = lock(&self.shared.pool);
+                pool.append_coming -= 1;
+                let reserved = if full { 0 } else { next };
+                pool.append.push(AppendZone { zone, reserved });
+            }
+            Purpose::Own(_) | Purpose::Look => {}
+        }
+        Ok(())
+    }
+
+    fn compare(&mut self, zone: u32, at: u32, expect: &[Option<Stamp>], data: &[u8]) -> Result<(), String> {
+        let size = self.shared.geometry.block as usize;
+        for ((block, expect), data) in (at..).zip(expect).zip(data.chunks_exact(size)) {
+            let Some(stamp) = expect else { continue };
+            let found = Content::of(self.shared.image, data);
+            if found != Content::Stamp(*stamp) {
+                return Err(format!(
+                    "a read under way of zone {zone} block {block} found {found}, where {stamp} was acknowledged"
+                ));
+            }
+            self.counts.verified += size as u64;
+        }
+        Ok(())
+    }
+}
+
+impl Flight {
+    fn kind(&self) -> &'static str {
+        match self {
+            Flight::Write { .. } => "writes",
+            Flight::Append { .. } => "appends",
+            Flight::Conventional { .. } => "conventional writes",
+            Flight::Reset { .. } => "resets",
+            Flight::ResetAll(_) => "resets of all zones",
+            Flight::Finish { .. } => "finishes",
+            Flight::Flush(_) => "flushes",
+            Flight::Read { .. } | Flight::ReadConventional { .. } => "reads",
+            Flight::Ask { .. } => "reports",
+            Flight::OpenOrClose => "opens and closes",
+        }
+    }
+}
+
+/// A reported pointer, in blocks from the zone's start.
+pub(super) fn pointer(zone: &Zone, block: u32) -> u64 {
+    zone.wp.wrapping_sub(zone.start) * super::shared::SECTOR / u64::from(block)
+}
