@@ -77,8 +77,7 @@ pub(super) async fn serve(service: Service, setup: RingSetup) -> u16 {
     let mut kicked = pin!(Kick::new(kick));
     let mut chain = Chain::with_limit(queue.table.limit);
     poll_fn(|cx| {
-        queue.waker.borrow_mut().clone_from(cx.waker());
-        queue.control.set_waker(cx.waker());
+        queue.set_waker(cx.waker());
         if let Err(broken) = kicked.as_mut().poll_kicks(cx) {
             queue.break_off(&broken);
         }
@@ -266,6 +265,14 @@ impl Queue {
     /// Whether there is no use in looking for chains.
     fn is_quiet(&self) -> bool {
         self.broken.get() || self.full.get() || self.control.must_stop()
+    }
+
+    /// Remembers whom to wake. Almost always it is who it was, and then no lock is taken.
+    fn set_waker(&self, waker: &Waker) {
+        if !self.waker.borrow().will_wake(waker) {
+            self.waker.borrow_mut().clone_from(waker);
+            self.control.set_waker(waker);
+        }
     }
 
     fn wake(&self) -> bool {

@@ -353,7 +353,10 @@ fn converse(
             return Err(Ended::Stopped);
         }
         if knocked && waiting.is_none() {
-            *waiting = listener.accept().unwrap_or_default();
+            match listener.accept() {
+                Ok(client) => *waiting = client,
+                Err(error) => pause_for(&error).map_err(Ended::Fatal)?,
+            }
             if waiting.is_some() {
                 limited_warn!(
                     CONNECTIONS,
