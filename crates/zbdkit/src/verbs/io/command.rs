@@ -72,7 +72,7 @@ static COMMANDS: [Command; 20] = [
         0,
         Some(0),
         "",
-        "completes all outstanding aio requests",
+        "completes all outstanding aio requests and tells their results",
     ),
     Command {
         more: READ_OPTIONS,

@@ -12,7 +12,7 @@ use super::stats::{Transfer, dump};
 use super::{Shell, Step};
 
 /// What qemu-io transfers at most in one request.
-const MAX_LEN: u64 = 2_147_483_136;
+pub const MAX_LEN: u64 = 2_147_483_136;
 /// What is written unless a pattern is given.
 pub const DEFAULT_PATTERN: u8 = 0xcd;
 

@@ -9,7 +9,7 @@ use zbdkit_zone::{CloseEmpty, Condition, Filter, ZoneError, ZoneInfo, ZoneNo};
 use super::command::Command;
 use super::number::number;
 use super::options::Options;
-use super::transfer::DEFAULT_PATTERN;
+use super::transfer::{DEFAULT_PATTERN, MAX_LEN};
 use super::{Shell, Step};
 
 /// EINVAL: what a report says that begins past the end.
@@ -108,6 +108,9 @@ impl Shell {
                 .iter()
                 .fold(0, |sum: u64, len| sum.saturating_add(*len)),
         );
+        if len > MAX_LEN {
+            return self.wrong(format_args!("length cannot exceed {MAX_LEN}, given {len}"));
+        }
         match self.append(start, len).await {
             Ok(offset) if options.has('p') => {
                 let sector = offset / 512;
@@ -129,7 +132,8 @@ impl Shell {
         if max > 0 && len > geometry.zone_size() {
             return Err(ZoneError::AppendTooLarge { len, max }.into());
         }
-        let buf = IoBuf::alloc(if max > 0 { len as usize } else { 0 });
+        let wanted = if max > 0 { len as usize } else { 0 };
+        let buf = IoBuf::try_alloc(wanted).map_err(|error| Error::io("allocating a buffer", &error))?;
         buf.fill(0..buf.len(), DEFAULT_PATTERN);
         if max == 0 || len <= max {
             return self.device.append(&self.lane, buf, start).await;
