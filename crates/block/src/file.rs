@@ -133,7 +133,8 @@ async fn zero(file: &File, offset: u64, len: u64, unmap: bool) -> Result<(), Err
     Ok(())
 }
 
-fn is_unsupported(error: &std::io::Error) -> bool {
+/// The file system has no such operation.
+pub(crate) fn is_unsupported(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     matches!(Errno::from_io_error(error), Some(Errno::OPNOTSUPP | Errno::NOSYS))
         || error.kind() == std::io::ErrorKind::Unsupported

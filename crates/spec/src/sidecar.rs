@@ -186,9 +186,12 @@ const _: () = assert!(size_of::<RunHeader>() == 120);
 /// Offset of [`RunHeader::invalid`] in the file, bytes.
 pub const RUN_INVALID_OFFSET: u64 = 112;
 
-/// Run-state word: set once the zone changed in this epoch; without it the table speaks for the zone.
+/// Run-state word: set once the zone's written end moved in this epoch; without it the table speaks for the zone.
 pub const WORD_VALID: u64 = 1 << 63;
-/// Run-state word: the zone was finished.
-pub const WORD_FINISHED: u64 = 1 << 62;
+/// Run-state word: the low bits of the zone's counter of resets, from [`WORD_GENERATION_SHIFT`] on. A word whose bits
+/// differ from the table's counter is older than the reset that the table has: then the table speaks for the zone.
+pub const WORD_GENERATION: u64 = 0x3f << WORD_GENERATION_SHIFT;
+/// Where [`WORD_GENERATION`] begins.
+pub const WORD_GENERATION_SHIFT: u32 = 56;
 /// Run-state word: the written end, bytes from the zone's start.
 pub const WORD_WRITTEN: u64 = (1 << 56) - 1;

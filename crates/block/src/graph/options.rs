@@ -85,7 +85,11 @@ impl Options {
     pub fn required(&mut self, key: &str) -> Result<String, OpenError> {
         match self.string(key)? {
             Some(value) => Ok(value),
-            None => Err(OpenError::Graph(format!("{}{key} is missing{}", self.prefix, self.instead(key)))),
+            None => Err(OpenError::Graph(format!(
+                "{}{key} is missing{}",
+                self.prefix,
+                self.instead(key)
+            ))),
         }
     }
 
@@ -93,7 +97,10 @@ impl Options {
     fn instead(&self, key: &str) -> String {
         let near = |given: &&String| !did_you_mean(given, &[key]).is_empty();
         match self.map.keys().find(near) {
-            Some(given) => format!("; {}{given} is not an option (did you mean {key:?}?)", self.prefix),
+            Some(given) => format!(
+                "; {}{given} is not an option (did you mean {key:?}?)",
+                self.prefix
+            ),
             None => String::new(),
         }
     }

@@ -5,6 +5,7 @@
 //! engine learns what became of it, the run state holds the new written end, and then it is acknowledged.
 
 mod commit;
+mod gaps;
 mod open;
 mod rounds;
 mod run_state;
@@ -26,6 +27,7 @@ use crate::error::Error;
 use crate::limits::Limits;
 use crate::node::{CrossZone, Lane, Node, Request, ZoneOp};
 use commit::{Committer, Image};
+use gaps::Gaps;
 pub(crate) use open::host_error;
 pub use open::{ImageStatus, RunStateMode, ZonedOptions, create_sidecar, default_sidecar};
 use waiters::Waiters;
@@ -36,6 +38,7 @@ pub struct ZonedNode {
     limits: Limits,
     engine: Engine,
     waiters: Waiters,
+    gaps: Gaps,
     durability: Durability,
     status: Option<ImageStatus>,
 }
@@ -161,8 +164,14 @@ impl ZonedNode {
         let slots = lane
             .slots()
             .ok_or(Error::NotSupported("writing without a lane of the image"))?;
-        self.admit(|| self.engine.admit_write(&mut slots.borrow_mut(), offset, len))
-            .await
+        let ask = || self.engine.admit_write(&mut slots.borrow_mut(), offset, len);
+        let geometry = self.engine.geometry();
+        let zone = geometry.zone_of(offset);
+        if geometry.zone_type(zone) == ZoneType::SequentialPreferred {
+            self.admit(|| self.gaps.admit(zone, ask)).await
+        } else {
+            self.admit(ask).await
+        }
     }
 
     /// The way of an admitted write to its acknowledgement.
@@ -193,6 +202,7 @@ impl ZonedNode {
 
     async fn store(&self, lane: &Lane, permit: &WritePermit, data: Data) -> Result<(), Error> {
         if let Some(gap) = permit.gap() {
+            let _zeroed = self.gaps.zeroed(permit.zone(), &self.waiters);
             self.child
                 .write_zeroes(lane, gap.start, gap.end - gap.start, true)
                 .await?;
@@ -338,16 +348,15 @@ impl ZonedNode {
     async fn make_durable(&self, records: &[(ZoneNo, ZoneRecord)], op: ExclusiveOp) -> Result<(), Error> {
         match (&self.durability, op) {
             (Durability::ReadOnly, _) => return Err(Error::ReadOnly),
-            // First the run state, so that no kill finds it ahead of the data; then the table; then the space.
+            // The table alone decides: a word of the run state counts only while its generation is the table's, so
+            // a crash finds the zone either as it was or reset and counted.
             (Durability::Table { committer, .. }, ExclusiveOp::Reset) => {
-                self.set_run_state(committer, records)?;
                 committer.record(records, &self.image()).await?;
-            }
-            // Here the data comes first: the record must not cover bytes that a power cut could still lose.
-            (Durability::Table { committer, .. }, _) => {
-                committer.flush(records, &self.image()).await?;
                 self.set_run_state(committer, records)?;
             }
+            // Here the data comes first: the record must not cover bytes that a power cut could still lose. The
+            // written end stays, so the run state knows it.
+            (Durability::Table { committer, .. }, _) => committer.flush(records, &self.image()).await?,
             (Durability::Volatile, _) => {}
         }
         if op == ExclusiveOp::Reset

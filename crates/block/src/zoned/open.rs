@@ -8,18 +8,19 @@ use std::time::Duration;
 
 use zbdkit_io::File;
 use zbdkit_spec::sidecar::{Header, MAGIC, OPEN, OPEN_SYNC, VERSION};
-use zbdkit_zone::{Engine, Geometry, GeometrySpec, Model, ZoneNo, ZoneRecord};
+use zbdkit_zone::{Engine, Geometry, GeometrySpec, Model, ZoneNo, ZoneRecord, ZoneType};
 use zerocopy::FromZeros;
 
 use super::commit::Committer;
-use super::run_state::{self, RunState, Stamp, file_stamp};
+use super::gaps::Gaps;
+use super::run_state::{self, RunState, Stamp, Word, file_stamp};
 use super::table::{Loaded, Table, TableError};
 use super::waiters::Waiters;
 use super::{Durability, ZonedNode};
 use crate::error::{Error, OpenError, errno_of};
 use crate::host::{FileId, FileOptions, Host, HostError};
 use crate::lock::LockMode;
-use crate::node::Node;
+use crate::node::{Lane, Node};
 
 /// What outlives kill -9 besides what was flushed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -160,6 +161,7 @@ impl ZonedNode {
             limits,
             engine,
             waiters,
+            gaps: Gaps::default(),
             durability,
             status,
         }
@@ -178,6 +180,8 @@ struct Opening<'a> {
     geometry: Geometry,
     records: BTreeMap<u32, ZoneRecord>,
     notices: Vec<String>,
+    /// The last epoch may have lost writes.
+    lost: bool,
 }
 
 impl<'a> Opening<'a> {
@@ -246,6 +250,7 @@ impl<'a> Opening<'a> {
             geometry,
             records,
             notices,
+            lost: false,
         };
         opening.check_data()?;
         Ok(opening)
@@ -356,44 +361,51 @@ impl<'a> Opening<'a> {
         let place = &header.place[..usize::from(header.place_len.get()).min(header.place.len())];
         if place.is_empty() {
             self.notices.push(lost("none was kept"));
+            self.lost = true;
             return Ok(false);
         }
         let place = self.directory().join(std::ffi::OsStr::from_bytes(place));
         let stamp = self.stamp(epoch)?;
         let mut found = Vec::new();
-        let believed = run_state::recover(self.host, &place, &stamp, |zone, written, finished| {
-            found.push((zone, written, finished))
-        })
-        .await;
+        let believed =
+            run_state::recover(self.host, &place, &stamp, |zone, word| found.push((zone, word))).await;
         match believed {
             Ok(()) => {
                 found
                     .into_iter()
-                    .for_each(|(zone, written, finished)| self.overlay(zone, written, finished));
+                    .for_each(|(zone, word)| self.overlay(zone, word));
                 Ok(true)
             }
             Err(why) => {
                 self.notices.push(lost(&why));
+                self.lost = true;
                 Ok(false)
             }
         }
     }
 
-    fn overlay(&mut self, zone: ZoneNo, written: u64, finished: bool) {
+    /// Takes the written end from the run state. All else of a zone, its resets included, is durable before it counts,
+    /// so that the table says it; where it tells of a later reset, the word is from before that.
+    fn overlay(&mut self, zone: ZoneNo, word: Word) {
         if zone.0 >= self.geometry.nr_zones() {
             return;
         }
         let record = self.records.entry(zone.0).or_default();
-        // The counter of bytes is as old as the table; what was written since is known by how far the end moved.
-        record.counters.bytes_written += written.saturating_sub(record.written);
-        record.written = written;
-        record.finished = finished;
+        // A flush may have captured a write whose word was not stored yet.
+        if word.is_of(record) && word.written() > record.written {
+            // The counter of bytes is as old as the table; what was written since is known by how far the end moved.
+            record.counters.bytes_written += word.written() - record.written;
+            record.written = word.written();
+        }
     }
 
     /// Makes durable what this opening found, so that nothing older can come back: what a killed process left in
     /// the page cache counts from now on.
     async fn settle(&mut self, recovered: bool) -> Result<(), OpenError> {
         let path = &self.options.sidecar;
+        if self.table.header().open != 0 {
+            self.zero_above_pointers().await?;
+        }
         self.child.flush().await?;
         self.table.sync().await.map_err(|e| table_error(path, e))?;
         if recovered {
@@ -402,6 +414,23 @@ impl<'a> Opening<'a> {
                 .await
                 .map_err(|e| table_error(path, e))?;
             self.table.sync().await.map_err(|e| table_error(path, e))?;
+        }
+        Ok(())
+    }
+
+    /// In a sequential-preferred zone the pointer may pass a write in flight, and if that one fails, what was there
+    /// before shows. A crash leaves there what it lost, or what a reset had not yet freed: zeros must be there.
+    async fn zero_above_pointers(&self) -> Result<(), OpenError> {
+        let lane = Lane::new(None, 0);
+        for zone in self.geometry.zones() {
+            if self.geometry.zone_type(zone) != ZoneType::SequentialPreferred {
+                continue;
+            }
+            let written = self.records.get(&zone.0).map_or(0, |record| record.written);
+            let (start, end) = (self.geometry.start(zone) + written, self.geometry.end(zone));
+            if start < end {
+                self.child.write_zeroes(&lane, start, end - start, true).await?;
+            }
         }
         Ok(())
     }
@@ -426,7 +455,9 @@ impl<'a> Opening<'a> {
         }
         let epoch = self.table.header().epoch.get() + 1;
         let data_file = file_stamp(self.data_id);
-        let open = if self.options.run_state == RunStateMode::Sync {
+        // Where writes may have been lost, this opening may end before it said so to anybody: the next one must not
+        // find an epoch that lost nothing.
+        let open = if self.options.run_state == RunStateMode::Sync && !self.lost {
             OPEN_SYNC
         } else {
             OPEN
@@ -447,7 +478,9 @@ impl<'a> Opening<'a> {
             return Ok(RunState::None);
         };
         let place = self.directory().join(name);
-        RunState::create(self.host, &place, &self.stamp(epoch)?)
+        let records = self.records.iter().map(|(zone, record)| (ZoneNo(*zone), record));
+        RunState::create(self.host, &place, &self.stamp(epoch)?, records)
+            .await
             .map_err(|e| host_error(&place, "the run state cannot be created", e))
     }
 

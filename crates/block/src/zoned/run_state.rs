@@ -12,13 +12,14 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use zbdkit_io::{File, IoBuf, Words};
 use zbdkit_spec::sidecar::{
-    BLOCK, FileStamp, RUN_INVALID_OFFSET, RUN_MAGIC, RunHeader, VERSION, WORD_FINISHED, WORD_VALID,
-    WORD_WRITTEN,
+    BLOCK, FileStamp, RUN_INVALID_OFFSET, RUN_MAGIC, RunHeader, VERSION, WORD_GENERATION,
+    WORD_GENERATION_SHIFT, WORD_VALID, WORD_WRITTEN,
 };
 use zbdkit_zone::{Engine, ZoneNo, ZoneRecord};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::rounds::Rounds;
+use super::table::reserve;
 use crate::host::{FileId, FileOptions, Host, HostError};
 use crate::lock::LockMode;
 
@@ -58,14 +59,20 @@ pub struct Place {
 }
 
 impl RunState {
-    /// Creates the file at `path`, replacing one that an earlier epoch left.
-    pub fn create(host: &Arc<dyn Host>, path: &Path, stamp: &Stamp) -> Result<RunState, HostError> {
+    /// Creates the file at `path`, replacing one that an earlier epoch left. `records` are the zones that are not new.
+    pub async fn create<'a>(
+        host: &Arc<dyn Host>,
+        path: &Path,
+        stamp: &Stamp,
+        records: impl Iterator<Item = (ZoneNo, &'a ZoneRecord)>,
+    ) -> Result<RunState, HostError> {
         if host.exists(path)? {
             host.remove(path)?;
         }
         let file = host.open(path, &FileOptions::new_file())?;
         let size = BLOCK as u64 + 8 * u64::from(stamp.nr_zones);
         file.set_len(size)?;
+        reserve(&file, size).await?;
         host.write_now(&file, header(stamp).as_bytes(), 0)?;
         let words = host.map_words(&file, BLOCK as u64, stamp.nr_zones as usize)?;
         let place = Place {
@@ -75,7 +82,13 @@ impl RunState {
             failed: AtomicI32::new(0),
         };
         Ok(match words {
-            Some(words) => RunState::Mapped(place, words),
+            Some(words) => {
+                // A store moves only the written end, so the generation must be there before.
+                for (zone, record) in records {
+                    words.store(zone.0 as usize, generation(record));
+                }
+                RunState::Mapped(place, words)
+            }
             None => RunState::Written(place, Rounds::new()),
         })
     }
@@ -83,7 +96,9 @@ impl RunState {
     /// Called under the zone's lock whenever its written end moves.
     pub fn store_mapped(&self, zone: ZoneNo, written: u64) {
         if let RunState::Mapped(_, words) = self {
-            words.store(zone.0 as usize, WORD_VALID | written);
+            // Nobody else stores meanwhile: `set` has the zone for itself.
+            let index = zone.0 as usize;
+            words.store(index, WORD_VALID | words.load(index) & WORD_GENERATION | written);
         }
     }
 
@@ -107,7 +122,7 @@ impl RunState {
         place.check()
     }
 
-    /// Stores a zone's record at once; the zone is closed to everybody else (reset, finish).
+    /// Stores a zone's record at once; the zone is closed to everybody else, and the durable table has the record.
     pub fn set(&self, zone: ZoneNo, record: &ZoneRecord) -> Result<(), i32> {
         match self {
             RunState::None => Ok(()),
@@ -161,13 +176,28 @@ impl Place {
     }
 }
 
-/// Overlays `record` with the words of the run state at `path` where they changed. The error says why they are
-/// not believed.
+/// A word of the run state that is in use.
+#[derive(Clone, Copy, Debug)]
+pub struct Word(u64);
+
+impl Word {
+    /// The written end, bytes from the zone's start.
+    pub fn written(self) -> u64 {
+        self.0 & WORD_WRITTEN
+    }
+
+    /// Whether it is as old as the last reset that `record` knows.
+    pub fn is_of(self, record: &ZoneRecord) -> bool {
+        self.0 & WORD_GENERATION == generation(record)
+    }
+}
+
+/// Tells the words of the run state at `path` that are in use. The error says why none is believed.
 pub async fn recover(
     host: &Arc<dyn Host>,
     path: &Path,
     expected: &Stamp,
-    mut changed: impl FnMut(ZoneNo, u64, bool),
+    mut found: impl FnMut(ZoneNo, Word),
 ) -> Result<(), String> {
     let gone = |error: HostError| match error {
         HostError::Io(error) => format!("{}: {error}", path.display()),
@@ -189,11 +219,7 @@ pub async fn recover(
     for (zone, word) in bytes[BLOCK..].chunks_exact(8).enumerate() {
         let word = u64::from_le_bytes(word.try_into().expect("chunks of eight"));
         if word & WORD_VALID != 0 {
-            changed(
-                ZoneNo(zone as u32),
-                word & WORD_WRITTEN,
-                word & WORD_FINISHED != 0,
-            );
+            found(ZoneNo(zone as u32), Word(word));
         }
     }
     Ok(())
@@ -247,5 +273,9 @@ pub fn file_stamp(id: FileId) -> FileStamp {
 }
 
 fn word(record: &ZoneRecord) -> u64 {
-    WORD_VALID | if record.finished { WORD_FINISHED } else { 0 } | (record.written & WORD_WRITTEN)
+    WORD_VALID | generation(record) | (record.written & WORD_WRITTEN)
+}
+
+fn generation(record: &ZoneRecord) -> u64 {
+    u64::from(record.counters.resets) << WORD_GENERATION_SHIFT & WORD_GENERATION
 }

@@ -76,6 +76,18 @@ pub struct Loaded {
     pub repaired: Vec<String>,
 }
 
+/// Bytes of a table that get their space when it is made, so that a full disk fails a guest's write, not the flush
+/// of what was written before. The tables of huge devices (over 130,000 zones) stay sparse behind it.
+const RESERVED: u64 = 16 << 20;
+
+/// Gives a file its space, where its file system can.
+pub async fn reserve(file: &File, len: u64) -> io::Result<()> {
+    match file.allocate(0, len).await {
+        Err(error) if crate::file::is_unsupported(&error) => Ok(()),
+        result => result,
+    }
+}
+
 /// The bytes of a sidecar for `nr_zones` zones.
 pub fn file_size(nr_zones: u32) -> u64 {
     TABLE_OFFSET + 2 * BLOCK as u64 * blocks(nr_zones)
@@ -93,8 +105,11 @@ impl Table {
     /// Writes a new table of empty zones into the empty `file`, not synced yet.
     pub async fn create(file: File, mut header: Box<Header>) -> Result<Table, TableError> {
         let nr_zones = header.nr_zones.get();
-        file.set_len(file_size(nr_zones))
-            .map_err(|e| TableError::Io("resizing", e))?;
+        let size = file_size(nr_zones);
+        file.set_len(size).map_err(|e| TableError::Io("resizing", e))?;
+        reserve(&file, size.min(RESERVED))
+            .await
+            .map_err(|e| TableError::Io("reserving space", e))?;
         header.generation = 0.into();
         let mut table = Table {
             file,
