@@ -96,8 +96,11 @@ pub struct Header {
     pub generation_sum: U64,
     /// The data file when it was last opened for writing.
     pub data_file: FileStamp,
+    /// The last epoch whose unflushed writes may be lost, 0 if none since the last clean close: kept here so that an
+    /// opening which ends before anybody heard of it is no silence.
+    pub lost_epoch: U64,
     /// Reserved for zone descriptor extensions and ZRWA, zero.
-    pub reserved: [u8; 64],
+    pub reserved: [u8; 56],
     /// Path of the run state, not terminated.
     pub place: [u8; 1024],
     /// Zero.

@@ -114,6 +114,7 @@ impl Committer {
         let written = table
             .update_header(|header| {
                 header.open = 0;
+                header.lost_epoch = 0.into();
                 header.place_len = 0.into();
                 header.generation_sum = sum.into();
             })

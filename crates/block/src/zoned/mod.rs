@@ -323,7 +323,13 @@ impl ZonedNode {
     async fn exclusive(&self, zone: ZoneNo, op: ExclusiveOp) -> Result<(), Error> {
         self.check_epoch()?;
         let Some(permit) = self.begin(zone, op).await? else {
-            return Ok(());
+            // A zone that its writes have filled is full only in so far as they are durable.
+            return match &self.durability {
+                Durability::Table { committer, .. } if op == ExclusiveOp::Finish => {
+                    committer.flush(&[], &self.image()).await
+                }
+                _ => Ok(()),
+            };
         };
         self.drain(&permit).await;
         self.finish_exclusive(vec![permit], op).await

@@ -180,8 +180,8 @@ struct Opening<'a> {
     geometry: Geometry,
     records: BTreeMap<u32, ZoneRecord>,
     notices: Vec<String>,
-    /// The last epoch may have lost writes.
-    lost: bool,
+    /// The last epoch that may have lost writes, since the last clean close.
+    lost: Option<u64>,
 }
 
 impl<'a> Opening<'a> {
@@ -250,7 +250,7 @@ impl<'a> Opening<'a> {
             geometry,
             records,
             notices,
-            lost: false,
+            lost: None,
         };
         opening.check_data()?;
         Ok(opening)
@@ -348,6 +348,17 @@ impl<'a> Opening<'a> {
     /// After an epoch that was not closed: takes the written ends from its run state, or says what may be lost.
     async fn recover(&mut self) -> Result<bool, OpenError> {
         let header = self.table.header();
+        if header.open == 0 {
+            return Ok(false);
+        }
+        let told = header.lost_epoch.get();
+        if told != 0 {
+            self.lost = Some(told);
+            self.notices.push(format!(
+                "epoch {told} of this image was not closed and its run state could not be used: writes since its last \
+                 flush may be lost (an opening since then may have said so already)"
+            ));
+        }
         if header.open != OPEN {
             return Ok(false);
         }
@@ -361,7 +372,7 @@ impl<'a> Opening<'a> {
         let place = &header.place[..usize::from(header.place_len.get()).min(header.place.len())];
         if place.is_empty() {
             self.notices.push(lost("none was kept"));
-            self.lost = true;
+            self.lost = Some(epoch);
             return Ok(false);
         }
         let place = self.directory().join(std::ffi::OsStr::from_bytes(place));
@@ -378,7 +389,7 @@ impl<'a> Opening<'a> {
             }
             Err(why) => {
                 self.notices.push(lost(&why));
-                self.lost = true;
+                self.lost = Some(epoch);
                 Ok(false)
             }
         }
@@ -403,9 +414,6 @@ impl<'a> Opening<'a> {
     /// the page cache counts from now on.
     async fn settle(&mut self, recovered: bool) -> Result<(), OpenError> {
         let path = &self.options.sidecar;
-        if self.table.header().open != 0 {
-            self.zero_above_pointers().await?;
-        }
         self.child.flush().await?;
         self.table.sync().await.map_err(|e| table_error(path, e))?;
         if recovered {
@@ -414,6 +422,10 @@ impl<'a> Opening<'a> {
                 .await
                 .map_err(|e| table_error(path, e))?;
             self.table.sync().await.map_err(|e| table_error(path, e))?;
+        }
+        // Only now that no older pointer can come back, and before the next one is written over it.
+        if self.table.header().open != 0 {
+            self.zero_above_pointers().await?;
         }
         Ok(())
     }
@@ -455,15 +467,15 @@ impl<'a> Opening<'a> {
         }
         let epoch = self.table.header().epoch.get() + 1;
         let data_file = file_stamp(self.data_id);
-        // Where writes may have been lost, this opening may end before it said so to anybody: the next one must not
-        // find an epoch that lost nothing.
-        let open = if self.options.run_state == RunStateMode::Sync && !self.lost {
+        let lost_epoch = self.lost.unwrap_or(0);
+        let open = if self.options.run_state == RunStateMode::Sync {
             OPEN_SYNC
         } else {
             OPEN
         };
         let written = self.table.update_header(|header| {
             header.epoch = epoch.into();
+            header.lost_epoch = lost_epoch.into();
             header.open = open;
             header.data_file = data_file;
             header.place_len = (bytes.len() as u16).into();

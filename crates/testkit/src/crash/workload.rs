@@ -1,0 +1,351 @@
+//! What clients ask for: seeded mixes of requests over all zones.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use zbdkit_block::{CrossZone, Device, Error, Lane, ZoneOp};
+use zbdkit_io::IoBuf;
+use zbdkit_zone::{CloseEmpty, ZoneError, ZoneNo, ZoneType};
+
+use super::choose::{Choose, Rng};
+use super::host::Machine;
+use super::oracle::{Kind, Oracle, Setting, payload};
+
+/// Which requests, by weight.
+#[derive(Clone, Copy, Debug)]
+pub struct Mix {
+    /// Writes and appends.
+    pub write: u64,
+    /// Writes of zeros.
+    pub zeros: u64,
+    /// Flushes.
+    pub flush: u64,
+    /// Resets of one zone.
+    pub reset: u64,
+    /// Resets of all zones.
+    pub reset_all: u64,
+    /// Finishes.
+    pub finish: u64,
+    /// Opens and closes.
+    pub open: u64,
+    /// Operator settings.
+    pub set: u64,
+    /// Reads.
+    pub read: u64,
+    /// Discards in conventional zones.
+    pub discard: u64,
+    /// Only so many zones are used, so that requests meet in them; 0 for all.
+    pub zones: u32,
+}
+
+impl Mix {
+    /// A bit of everything.
+    pub const ALL: Mix = Mix {
+        write: 60,
+        zeros: 4,
+        flush: 10,
+        reset: 8,
+        reset_all: 1,
+        finish: 3,
+        open: 6,
+        set: 4,
+        read: 4,
+        discard: 1,
+        zones: 0,
+    };
+    /// Crowds in few zones, with resets between the writes.
+    pub const CROWD: Mix = Mix {
+        write: 60,
+        zeros: 2,
+        flush: 10,
+        reset: 14,
+        reset_all: 3,
+        finish: 5,
+        open: 2,
+        set: 0,
+        read: 2,
+        discard: 0,
+        zones: 3,
+    };
+    /// Writes and flushes.
+    pub const DATA: Mix = Mix {
+        write: 80,
+        zeros: 0,
+        flush: 10,
+        reset: 0,
+        reset_all: 0,
+        finish: 0,
+        open: 0,
+        set: 0,
+        read: 0,
+        discard: 0,
+        zones: 0,
+    };
+
+    fn draw(&self, rng: &mut Rng) -> What {
+        let weights = [
+            (What::Write, self.write),
+            (What::Zeros, self.zeros),
+            (What::Flush, self.flush),
+            (What::Reset, self.reset),
+            (What::ResetAll, self.reset_all),
+            (What::Finish, self.finish),
+            (What::Open, self.open),
+            (What::Set, self.set),
+            (What::Read, self.read),
+            (What::Discard, self.discard),
+        ];
+        let total = weights.iter().map(|(_, weight)| weight).sum();
+        let mut at = rng.below(total);
+        for (what, weight) in weights {
+            if at < weight {
+                return what;
+            }
+            at -= weight;
+        }
+        What::Write
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum What {
+    Write,
+    Zeros,
+    Flush,
+    Reset,
+    ResetAll,
+    Finish,
+    Open,
+    Set,
+    Read,
+    Discard,
+}
+
+/// One client with its lane.
+pub struct Client {
+    machine: Machine,
+    device: Device,
+    lane: Lane,
+    oracle: Rc<RefCell<Oracle>>,
+    /// Where clients believe the next write of each zone goes.
+    cursors: Rc<RefCell<Vec<u64>>>,
+    mix: Mix,
+    rng: RefCell<Rng>,
+}
+
+impl Client {
+    /// A client.
+    pub fn new(
+        machine: Machine,
+        device: Device,
+        oracle: Rc<RefCell<Oracle>>,
+        cursors: Rc<RefCell<Vec<u64>>>,
+        mix: Mix,
+        seed: u64,
+    ) -> Client {
+        let lane = device.lane(2);
+        let rng = RefCell::new(Rng::new(seed));
+        Client {
+            machine,
+            device,
+            lane,
+            oracle,
+            cursors,
+            mix,
+            rng,
+        }
+    }
+
+    fn below(&self, n: u64) -> u64 {
+        self.rng.borrow_mut().below(n)
+    }
+
+    /// Makes so many requests, one after the other.
+    pub async fn run(&self, requests: u32) {
+        for _ in 0..requests {
+            let zone = self.zone();
+            let what = self.mix.draw(&mut self.rng.borrow_mut());
+            match what {
+                What::Write => self.write(zone, false).await,
+                What::Zeros => self.write(zone, true).await,
+                What::Flush => self.note(0, Kind::Flush, self.device.flush(&self.lane)).await,
+                What::Reset => self.manage(zone, ZoneOp::Reset, Kind::Reset).await,
+                What::Finish => self.manage(zone, ZoneOp::Finish, Kind::Finish).await,
+                What::ResetAll => {
+                    self.note(0, Kind::ResetAll, self.device.reset_all(&self.lane))
+                        .await
+                }
+                What::Open => self.open(zone).await,
+                What::Set => self.set(zone).await,
+                What::Read => self.read(zone).await,
+                What::Discard => self.discard().await,
+            }
+        }
+    }
+
+    fn zone(&self) -> ZoneNo {
+        let geometry = self.oracle.borrow().geometry.clone();
+        let (nr, conventional) = (geometry.nr_zones(), geometry.nr_conventional());
+        match self.mix.zones {
+            0 => ZoneNo(self.below(nr.into()) as u32),
+            // One conventional zone, where there is one, and the first sequential ones.
+            few => ZoneNo((conventional.saturating_sub(1) + self.below(few.into()) as u32).min(nr - 1)),
+        }
+    }
+
+    fn start(&self, zone: ZoneNo) -> u64 {
+        self.oracle.borrow().geometry.start(zone)
+    }
+
+    /// Notes the request, carries it out, notes the answer.
+    async fn note(&self, zone: u32, kind: Kind, request: impl Future<Output = Result<(), Error>>) {
+        let op = self.submit(zone, kind);
+        let result = request.await;
+        self.answer(op, result.as_ref().map(|()| None));
+    }
+
+    fn submit(&self, zone: u32, kind: Kind) -> usize {
+        let tick = self.machine.tick();
+        self.oracle.borrow_mut().submit(tick, zone, kind, &self.device)
+    }
+
+    fn answer(&self, op: usize, result: Result<Option<u64>, &Error>) {
+        let tick = self.machine.tick();
+        self.oracle.borrow_mut().answer(tick, op, result, &self.device);
+    }
+
+    async fn manage(&self, zone: ZoneNo, op: ZoneOp, kind: Kind) {
+        let start = self.start(zone);
+        self.note(zone.0, kind, self.device.zone_op(&self.lane, op, start))
+            .await;
+    }
+
+    async fn open(&self, zone: ZoneNo) {
+        let op = match self.below(3) {
+            0 | 1 => ZoneOp::Open,
+            _ => ZoneOp::Close(CloseEmpty::ToEmpty),
+        };
+        // Whatever comes of it, a crash forgets it.
+        let _ = self.device.zone_op(&self.lane, op, self.start(zone)).await;
+    }
+
+    /// Settings go to zones of the client's own, one at a time, so that their order is known.
+    async fn set(&self, zone: ZoneNo) {
+        let pending = |op: &super::oracle::Op| {
+            matches!(op.kind, Kind::Set(_)) && op.zone == zone.0 && op.done.is_none()
+        };
+        if self.oracle.borrow().ops.iter().any(pending) {
+            return;
+        }
+        let (op, setting) = match self.below(5) {
+            0 => (ZoneOp::SetReadOnly, Setting::ReadOnly),
+            1 => (ZoneOp::SetOffline, Setting::Offline),
+            _ => (ZoneOp::SetNormal, Setting::Normal),
+        };
+        self.manage(zone, op, Kind::Set(setting)).await;
+    }
+
+    async fn read(&self, zone: ZoneNo) {
+        let len = self.oracle.borrow().geometry.zone_size();
+        let buf = IoBuf::alloc(len as usize);
+        let _ = self
+            .device
+            .read(&self.lane, buf, self.start(zone), CrossZone::Refuse)
+            .await;
+    }
+
+    async fn discard(&self) {
+        let (block, conventional) = {
+            let oracle = self.oracle.borrow();
+            let geometry = &oracle.geometry;
+            let bytes = geometry.zone_size() * u64::from(geometry.nr_conventional());
+            (u64::from(geometry.block_size()), bytes)
+        };
+        if conventional == 0 {
+            return;
+        }
+        let offset = block * self.below(conventional / block);
+        let zone = self.oracle.borrow().geometry.zone_of(offset).0;
+        let kind = Kind::Discard { offset, len: block };
+        self.note(zone, kind, self.device.discard(&self.lane, offset, block))
+            .await;
+    }
+
+    async fn write(&self, zone: ZoneNo, zeros: bool) {
+        let (kind, block, start, capacity, append) = {
+            let oracle = self.oracle.borrow();
+            let geometry = &oracle.geometry;
+            (
+                geometry.zone_type(zone),
+                u64::from(geometry.block_size()),
+                geometry.start(zone),
+                geometry.capacity(zone),
+                geometry.max_append() > 0,
+            )
+        };
+        let len = block * (1 + self.below(3));
+        let id = self.oracle.borrow().next_id();
+        if kind == ZoneType::SequentialRequired && append && !zeros && self.below(2) == 0 {
+            return self.append(zone, id, len).await;
+        }
+        let offset = match kind {
+            ZoneType::SequentialRequired => self.claim(zone, len, start + capacity),
+            // Mostly near the pointer, so that gaps, overwrites and meetings all come up.
+            ZoneType::SequentialPreferred if self.below(2) == 0 => self.claim(zone, len, start + capacity),
+            ZoneType::SequentialPreferred => start + block * self.below((capacity - len) / block + 1),
+            ZoneType::Conventional => start + block * self.below(capacity / block),
+        };
+        let kind = Kind::Write {
+            id,
+            offset: Some(offset),
+            len,
+            zeros,
+        };
+        let op = self.submit(zone.0, kind);
+        let result = if zeros {
+            self.device
+                .write_zeroes(&self.lane, offset, len, self.below(2) == 0)
+                .await
+        } else {
+            let buf = IoBuf::from_vec(payload(id, len));
+            self.device.write(&self.lane, buf, offset).await
+        };
+        self.answer(op, result.as_ref().map(|()| Some(offset)));
+        match result {
+            Err(Error::Zone(ZoneError::NotAtWritePointer { wp, .. })) => {
+                self.cursors.borrow_mut()[zone.0 as usize] = wp
+            }
+            Err(_) => self.cursors.borrow_mut()[zone.0 as usize] = start,
+            Ok(()) => {}
+        }
+    }
+
+    async fn append(&self, zone: ZoneNo, id: u32, len: u64) {
+        let kind = Kind::Write {
+            id,
+            offset: None,
+            len,
+            zeros: false,
+        };
+        let op = self.submit(zone.0, kind);
+        let buf = IoBuf::from_vec(payload(id, len));
+        let result = self.device.append(&self.lane, buf, self.start(zone)).await;
+        if let Ok(at) = result {
+            let next = &mut self.cursors.borrow_mut()[zone.0 as usize];
+            *next = (*next).max(at + len);
+        }
+        self.answer(op, result.as_ref().map(|at| Some(*at)));
+    }
+
+    /// The place that the next writer takes; from the start again where none is left.
+    fn claim(&self, zone: ZoneNo, len: u64, end: u64) -> u64 {
+        let start = self.start(zone);
+        let next = &mut self.cursors.borrow_mut()[zone.0 as usize];
+        if *next + len > end {
+            *next = start;
+        }
+        let offset = *next;
+        *next += len;
+        offset
+    }
+}

@@ -1,0 +1,294 @@
+//! The contract of DURABILITY.md, held against the zoned driver over simulated files.
+//!
+//! `ZBDKIT_CRASH_STATES=N` makes each campaign judge so many states instead of its small share; a failure prints the
+//! value of `ZBDKIT_CRASH_REPLAY` with which it can be seen alone.
+
+use zbdkit_block::{CreateOptions, RunStateMode};
+use zbdkit_testkit::crash::host::{Fault, FaultKind, Lie, Role};
+use zbdkit_testkit::crash::run::{IMAGE, Plan};
+use zbdkit_testkit::crash::suite::{Case, Crash, Effort, Tally, campaign, exhaust};
+use zbdkit_testkit::crash::workload::Mix;
+use zbdkit_zone::Model;
+
+const SEED: u64 = 0x5eed_0001;
+const EIO: i32 = 5;
+const ENOSPC: i32 = 28;
+
+/// Two conventional zones and eight sequential ones of 64 KiB, 48 KiB of each to be written.
+fn host_managed() -> CreateOptions {
+    CreateOptions {
+        zone_size: Some(64 << 10),
+        zone_capacity: Some(48 << 10),
+        conventional_zones: 2,
+        max_open: Some(3),
+        max_active: 5,
+        max_append: Some(16 << 10),
+        ..CreateOptions::new(IMAGE, 640 << 10)
+    }
+}
+
+/// Eight zones of 64 KiB that may be written anywhere.
+fn host_aware() -> CreateOptions {
+    CreateOptions {
+        model: Model::HostAware,
+        zone_size: Some(64 << 10),
+        ..CreateOptions::new(IMAGE, 512 << 10)
+    }
+}
+
+fn case(name: &'static str, image: CreateOptions, mix: Mix) -> Case {
+    Case {
+        name,
+        image,
+        plan: Plan::new(mix, 5, 25),
+        crash: None,
+    }
+}
+
+fn mapped(mut case: Case) -> Case {
+    case.plan.behaviour.mapped = true;
+    case
+}
+
+fn run_state(mut case: Case, mode: RunStateMode) -> Case {
+    case.plan.run_state = mode;
+    case
+}
+
+fn failing(mut case: Case, role: Role, kind: FaultKind, errno: i32) -> Case {
+    let fault = Fault {
+        role,
+        kind,
+        after: 1,
+        errno,
+    };
+    case.plan.behaviour.fault = Some(fault);
+    case
+}
+
+/// `share` histories, or as many as the environment asks for.
+fn hold(case: Case, share: u64) {
+    const STATES: u64 = 25;
+    let wanted = std::env::var("ZBDKIT_CRASH_STATES")
+        .ok()
+        .map(|n| n.parse::<u64>().unwrap());
+    let effort = Effort {
+        histories: wanted.map_or(share, |states| states.div_ceil(STATES)),
+        states: STATES,
+        again: 4,
+    };
+    let replay = std::env::var("ZBDKIT_CRASH_REPLAY").ok();
+    let mut tally = Tally::default();
+    let result = campaign(&case, effort, SEED, replay.as_deref(), &mut tally);
+    println!(
+        "{}: {} states judged; distinct: {} after a kill, {} after a power cut",
+        case.name,
+        tally.states,
+        tally.kills.len(),
+        tally.power_cuts.len()
+    );
+    if let Err(violation) = result {
+        panic!("{violation}");
+    }
+}
+
+#[test]
+fn host_managed_zones_keep_the_contract() {
+    hold(case("managed", host_managed(), Mix::ALL), 12);
+}
+
+#[test]
+fn a_mapped_run_state_keeps_the_contract() {
+    hold(mapped(case("mapped", host_managed(), Mix::ALL)), 10);
+}
+
+#[test]
+fn crowded_zones_keep_the_contract() {
+    hold(case("crowd", host_managed(), Mix::CROWD), 10);
+}
+
+#[test]
+fn crowded_zones_keep_the_contract_with_a_mapped_run_state() {
+    hold(mapped(case("crowd-mapped", host_managed(), Mix::CROWD)), 8);
+}
+
+#[test]
+fn host_aware_zones_keep_the_contract() {
+    hold(case("aware", host_aware(), Mix::ALL), 10);
+}
+
+#[test]
+fn crowded_host_aware_zones_keep_the_contract() {
+    hold(mapped(case("aware-crowd", host_aware(), Mix::CROWD)), 10);
+}
+
+#[test]
+fn run_state_sync_keeps_every_acknowledged_write() {
+    hold(
+        run_state(case("sync", host_managed(), Mix::ALL), RunStateMode::Sync),
+        8,
+    );
+}
+
+#[test]
+fn run_state_none_keeps_what_was_flushed() {
+    hold(
+        run_state(case("none", host_managed(), Mix::ALL), RunStateMode::None),
+        8,
+    );
+}
+
+#[test]
+fn a_failed_data_sync_is_final() {
+    hold(
+        failing(
+            case("data-sync", host_managed(), Mix::ALL),
+            Role::Data,
+            FaultKind::Sync,
+            EIO,
+        ),
+        8,
+    );
+}
+
+#[test]
+fn a_failed_table_sync_is_final() {
+    hold(
+        failing(
+            case("table-sync", host_managed(), Mix::ALL),
+            Role::Table,
+            FaultKind::Sync,
+            EIO,
+        ),
+        8,
+    );
+}
+
+#[test]
+fn a_failed_table_write_is_final() {
+    hold(
+        failing(
+            case("table-write", host_managed(), Mix::ALL),
+            Role::Table,
+            FaultKind::Write,
+            ENOSPC,
+        ),
+        8,
+    );
+}
+
+#[test]
+fn a_failed_write_fails_alone() {
+    hold(
+        failing(
+            case("data-write", host_managed(), Mix::ALL),
+            Role::Data,
+            FaultKind::Write,
+            ENOSPC,
+        ),
+        8,
+    );
+}
+
+#[test]
+fn a_failed_write_fails_alone_in_host_aware_zones() {
+    hold(
+        failing(
+            case("aware-write", host_aware(), Mix::CROWD),
+            Role::Data,
+            FaultKind::Write,
+            EIO,
+        ),
+        8,
+    );
+}
+
+#[test]
+fn a_run_state_that_cannot_be_written_is_final() {
+    hold(
+        failing(
+            case("run-write", host_managed(), Mix::ALL),
+            Role::RunState,
+            FaultKind::Write,
+            ENOSPC,
+        ),
+        8,
+    );
+}
+
+#[test]
+fn every_crash_of_a_short_history_is_allowed() {
+    let mut total = 0;
+    for (number, mix) in [Mix::DATA, Mix::CROWD].into_iter().enumerate() {
+        let mut case = case("short", host_managed(), Mix { zones: 2, ..mix });
+        case.plan.clients = 2;
+        case.plan.requests = 3;
+        let mut tally = Tally::default();
+        let result = exhaust(&case, SEED + number as u64, 256, &mut tally);
+        total += result.unwrap_or_else(|violation| panic!("{violation}"));
+    }
+    println!("short: {total} states, all that there are up to 256 a moment");
+}
+
+/// The case must be found out within the normal number of states; how.
+fn caught(mut case: Case, lie: Lie, crash: Crash) -> String {
+    case.plan.behaviour.lie = Some(lie);
+    case.crash = Some(crash);
+    let effort = Effort {
+        histories: 12,
+        states: 25,
+        again: 0,
+    };
+    let result = campaign(&case, effort, SEED, None, &mut Tally::default());
+    let violation = result.expect_err("the lie was not found out");
+    println!("{lie:?}: {}", violation.what.lines().next().unwrap_or_default());
+    violation.what
+}
+
+#[test]
+fn a_left_out_data_sync_is_caught() {
+    caught(
+        case("lie", host_managed(), Mix::ALL),
+        Lie::Sync(Role::Data),
+        Crash::Power,
+    );
+}
+
+#[test]
+fn a_left_out_table_sync_is_caught() {
+    caught(
+        case("lie", host_managed(), Mix::ALL),
+        Lie::Sync(Role::Table),
+        Crash::Power,
+    );
+}
+
+#[test]
+fn a_late_run_state_is_caught() {
+    for case in [
+        case("lie", host_managed(), Mix::CROWD),
+        mapped(case("lie", host_managed(), Mix::CROWD)),
+    ] {
+        caught(case, Lie::LateRunState(6), Crash::Kill);
+    }
+}
+
+#[test]
+fn a_lost_run_state_is_caught() {
+    caught(
+        case("lie", host_managed(), Mix::ALL),
+        Lie::NoRunState,
+        Crash::Kill,
+    );
+}
+
+#[test]
+fn a_short_write_is_caught() {
+    for role in [Role::Data, Role::Table] {
+        caught(
+            case("lie", host_managed(), Mix::ALL),
+            Lie::ShortWrites(role),
+            Crash::Kill,
+        );
+    }
+}
