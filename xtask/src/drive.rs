@@ -137,6 +137,11 @@ impl Zbdkit {
         })
     }
 
+    /// The program.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// A command of it.
     pub fn command(&self) -> Command {
         proc::command(&self.program)

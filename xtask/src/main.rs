@@ -1,5 +1,6 @@
 //! `cargo xtask`: the project's own tools: the demonstration, the tests, the guests that they run in.
 
+mod bench;
 mod demo;
 mod drive;
 mod guest;
@@ -57,6 +58,12 @@ enum Verb {
     Guest(GuestOptions),
     /// Runs another project's suite on zbdkit and on the kernel's null_blk, and compares
     Suite(suite::Suite),
+    /// Measures against qemu-storage-daemon and bare io_uring, in pairs
+    Bench(bench::HandedOn),
+    /// Kills the daemon in mid-traffic, again and again, and checks what it promised
+    Kill(bench::HandedOn),
+    /// Judges many states that a kill or a power cut could have left
+    Crash(bench::Crash),
 }
 
 #[derive(Debug, Args)]
@@ -100,6 +107,9 @@ fn run(arguments: Arguments) -> Result<()> {
         Some(Verb::Test(test)) => test.run(),
         Some(Verb::Guest(options)) => run_guest(options),
         Some(Verb::Suite(suite)) => suite.run(),
+        Some(Verb::Bench(options)) => bench::bench(&options),
+        Some(Verb::Kill(options)) => bench::kill(&options),
+        Some(Verb::Crash(options)) => bench::crash(&options),
         None => Ok(Arguments::command().print_help()?),
     }
 }
