@@ -17,10 +17,10 @@ use crate::proc;
 use crate::rig::Rig;
 use crate::ui::{heading, say};
 
-/// What both suites need to run nearly all of their tests: 256 zones of 4 MiB, some of them
-/// conventional, 4 KiB blocks, limits of 16.
+/// What both suites need to run nearly all of their tests: 256 sequential zones of 4 MiB and some
+/// conventional ones, 4 KiB blocks, limits of 16.
 const GEOMETRY: Geometry = Geometry {
-    size: 1024,
+    size: 1088,
     zone_size: 4,
     conventional: 16,
     max_open: 16,
