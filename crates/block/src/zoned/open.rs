@@ -341,16 +341,13 @@ impl<'a> Opening<'a> {
             uuid: uuid::Uuid::from_bytes(header.uuid),
             sidecar: self.options.sidecar.clone(),
             epoch: header.epoch.get(),
-            clean: header.open == 0,
+            clean: header.open == 0 && header.lost_epoch.get() == 0,
         }
     }
 
     /// After an epoch that was not closed: takes the written ends from its run state, or says what may be lost.
     async fn recover(&mut self) -> Result<bool, OpenError> {
         let header = self.table.header();
-        if header.open == 0 {
-            return Ok(false);
-        }
         let told = header.lost_epoch.get();
         if told != 0 {
             self.lost = Some(told);
@@ -426,6 +423,7 @@ impl<'a> Opening<'a> {
         // Only now that no older pointer can come back, and before the next one is written over it.
         if self.table.header().open != 0 {
             self.zero_above_pointers().await?;
+            self.child.flush().await?;
         }
         Ok(())
     }
@@ -447,7 +445,7 @@ impl<'a> Opening<'a> {
         Ok(())
     }
 
-    /// Records the new epoch in the image, then makes its run state.
+    /// Ends the last epoch in the image, makes the new one's run state, then records the new epoch in the image.
     async fn begin_epoch(&mut self) -> Result<RunState, OpenError> {
         let path = self.options.sidecar.clone();
         let name = match &self.options.run_state {
@@ -468,12 +466,33 @@ impl<'a> Opening<'a> {
         let epoch = self.table.header().epoch.get() + 1;
         let data_file = file_stamp(self.data_id);
         let lost_epoch = self.lost.unwrap_or(0);
+        // What the last epoch left is in the table by now. A kill before the header names the next one must not find
+        // an epoch open whose run state is gone already: that would look like a loss.
+        if self.table.header().open != 0 {
+            let sum = self.table.generation_sum();
+            self.update_header(|header| {
+                header.open = 0;
+                header.lost_epoch = lost_epoch.into();
+                header.generation_sum = sum.into();
+            })
+            .await?;
+        }
+        let run_state = match name {
+            None => RunState::None,
+            Some(ref name) => {
+                let place = self.directory().join(name);
+                let records = self.records.iter().map(|(zone, record)| (ZoneNo(*zone), record));
+                RunState::create(self.host, &place, &self.stamp(epoch)?, records)
+                    .await
+                    .map_err(|e| host_error(&place, "the run state cannot be created", e))?
+            }
+        };
         let open = if self.options.run_state == RunStateMode::Sync {
             OPEN_SYNC
         } else {
             OPEN
         };
-        let written = self.table.update_header(|header| {
+        self.update_header(|header| {
             header.epoch = epoch.into();
             header.lost_epoch = lost_epoch.into();
             header.open = open;
@@ -481,19 +500,19 @@ impl<'a> Opening<'a> {
             header.place_len = (bytes.len() as u16).into();
             header.place.fill(0);
             header.place[..bytes.len()].copy_from_slice(bytes);
-        });
-        written.await.map_err(|e| table_error(&path, e))?;
-        self.table.sync().await.map_err(|e| table_error(&path, e))?;
+        })
+        .await?;
         // A copied image has no identity attached yet.
         self.host.set_image_id(&self.data, self.table.header().uuid);
-        let Some(name) = name else {
-            return Ok(RunState::None);
-        };
-        let place = self.directory().join(name);
-        let records = self.records.iter().map(|(zone, record)| (ZoneNo(*zone), record));
-        RunState::create(self.host, &place, &self.stamp(epoch)?, records)
-            .await
-            .map_err(|e| host_error(&place, "the run state cannot be created", e))
+        Ok(run_state)
+    }
+
+    /// Changes the header and syncs it.
+    async fn update_header(&mut self, change: impl FnOnce(&mut Header)) -> Result<(), OpenError> {
+        let failed = |error| table_error(&self.options.sidecar, error);
+        let written = self.table.update_header(change).await;
+        written.map_err(failed)?;
+        self.table.sync().await.map_err(failed)
     }
 
     fn run_state_name(&self) -> std::ffi::OsString {
