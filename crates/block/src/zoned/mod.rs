@@ -165,13 +165,16 @@ impl ZonedNode {
             .slots()
             .ok_or(Error::NotSupported("writing without a lane of the image"))?;
         let ask = || self.engine.admit_write(&mut slots.borrow_mut(), offset, len);
-        let geometry = self.engine.geometry();
-        let zone = geometry.zone_of(offset);
-        if geometry.zone_type(zone) == ZoneType::SequentialPreferred {
+        let zone = self.engine.geometry().zone_of(offset);
+        if self.is_preferred(zone) {
             self.admit(|| self.gaps.admit(zone, ask)).await
         } else {
             self.admit(ask).await
         }
+    }
+
+    fn is_preferred(&self, zone: ZoneNo) -> bool {
+        self.engine.geometry().zone_type(zone) == ZoneType::SequentialPreferred
     }
 
     /// The way of an admitted write to its acknowledgement.
@@ -180,7 +183,8 @@ impl ZonedNode {
         let errno = stored.as_ref().map(|_| ()).map_err(Error::errno);
         match self.engine.complete(permit, errno, &self.waiters) {
             Completion::Prefix(prefix) => {
-                let safe = if prefix.advanced() {
+                // A pointer that another write moved over this one may still be on its way into the run state.
+                let safe = if prefix.advanced() || self.is_preferred(prefix.zone()) {
                     self.publish(prefix.zone()).await
                 } else {
                     Ok(())

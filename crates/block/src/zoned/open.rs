@@ -412,6 +412,9 @@ impl<'a> Opening<'a> {
     async fn settle(&mut self, recovered: bool) -> Result<(), OpenError> {
         let path = &self.options.sidecar;
         self.child.flush().await?;
+        if self.table.header().open != 0 {
+            self.table.rewrite().await.map_err(|e| table_error(path, e))?;
+        }
         self.table.sync().await.map_err(|e| table_error(path, e))?;
         if recovered {
             self.table

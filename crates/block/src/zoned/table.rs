@@ -193,6 +193,21 @@ impl Table {
         Ok(())
     }
 
+    /// Writes all that was read once more in its place, not synced. Where a sync failed, the page cache may hold what the
+    /// medium does not and no sync will write: that must not be taken for durable, or the copy beside it, the only
+    /// one that is, would be overwritten next.
+    pub async fn rewrite(&mut self) -> Result<(), TableError> {
+        for index in 0..self.generations.len() as u64 {
+            let generation = self.generations[index as usize];
+            if generation != 0 {
+                let block = self.current_block(index).await?;
+                write_block(&self.file, block.as_bytes(), copy_offset(index, generation)).await?;
+            }
+        }
+        let offset = (self.header.generation.get() & 1) * BLOCK as u64;
+        write_block(&self.file, self.header.as_bytes(), offset).await
+    }
+
     /// Makes what was written durable.
     pub async fn sync(&self) -> Result<(), TableError> {
         self.file

@@ -301,14 +301,20 @@ impl Inode {
             let mut done = done.clone();
             if uncertain(&done) {
                 done.pieces = cut(choose, &done.change, &done.pieces);
-                if done.durability == Durability::Doubtful {
-                    done.durability = Durability::Dirty;
-                }
             }
             inode.live.apply(&done.change, &done.pieces);
             inode.later.push(done);
         }
         inode
+    }
+
+    /// What a failed sync left in doubt is dirty again.
+    fn forgive(&mut self) {
+        for done in &mut self.later {
+            if done.durability == Durability::Doubtful {
+                done.durability = Durability::Dirty;
+            }
+        }
     }
 
     /// All that is there is durable.
@@ -456,18 +462,23 @@ impl Disk {
     }
 
     /// The process dies: what it completed is there, what was in flight in part; the kernel lives on. What a failed
-    /// sync left clean in the page cache may have been dropped from there, if `dropped` allows it.
+    /// sync left clean in the page cache may have been dropped from there, if `dropped` allows it. If it is still there
+    /// it reads well, but no sync writes it: of a zone table that is part of the model; of data it is not, since no
+    /// opening could rewrite all data.
     pub fn kill(&self, choose: &mut dyn Choose, dropped: bool) -> Disk {
         let mut disk = self.clone();
         disk.syncs.clear();
-        for inode in disk.inodes.values_mut() {
-            if dropped
-                && inode
-                    .later
-                    .iter()
-                    .any(|done| done.durability == Durability::Doubtful)
-            {
-                *inode = inode.settle(choose, |done| done.durability == Durability::Doubtful);
+        let doubtful = |done: &Done| done.durability == Durability::Doubtful;
+        for (file, inode) in &mut disk.inodes {
+            if !inode.later.iter().any(doubtful) {
+                continue;
+            }
+            if dropped {
+                *inode = inode.settle(choose, doubtful);
+            }
+            let path = self.path_of(*file);
+            if !path.is_some_and(|path| path.extension().is_some_and(|e| e == "zones")) {
+                inode.forgive();
             }
         }
         for (file, change) in std::mem::take(&mut disk.in_flight).into_values() {

@@ -116,6 +116,7 @@ struct State {
     /// How many operations that a fault is about there were.
     seen: u64,
     fault_fired: Option<u64>,
+    armed: bool,
     late: Vec<(u64, FileNo, Change)>,
     probed: Option<FileNo>,
 }
@@ -141,6 +142,7 @@ impl Machine {
                 behaviour,
                 seen: 0,
                 fault_fired: None,
+                armed: false,
                 late: Vec::new(),
                 probed: None,
             })),
@@ -171,6 +173,11 @@ impl Machine {
     /// All that happened.
     pub fn events(&self) -> Vec<Recorded> {
         self.lock().events.clone()
+    }
+
+    /// From now on operations may fail, if one is to.
+    pub fn arm(&self) {
+        self.lock().armed = true;
     }
 
     /// When the fault struck.
@@ -263,8 +270,8 @@ impl State {
             .behaviour
             .fault
             .filter(|f| f.role == role && f.kind == kind)?;
-        self.seen += 1;
-        if self.seen != fault.after + 1 {
+        self.seen += u64::from(self.armed);
+        if !self.armed || self.seen != fault.after + 1 {
             return None;
         }
         self.clock += 1;

@@ -104,7 +104,7 @@ impl<'a> Judge<'a> {
     }
 
     /// Requests of the zone that were submitted and may have changed something.
-    fn ops(&self, zone: usize) -> impl Iterator<Item = &'a Op> {
+    fn ops(&self, zone: usize) -> impl DoubleEndedIterator<Item = &'a Op> {
         let tick = self.at.tick;
         let sequential = self.oracle.baseline.zones[zone].kind != ZoneType::Conventional;
         let of_zone = move |op: &&Op| match op.kind {
@@ -439,14 +439,34 @@ impl<'a> Judge<'a> {
                 Ok(op)
             }
             Found::Zeros => self
-                .ops(zone)
-                .filter(
-                    |op| matches!(op.kind, Kind::Write { offset: Some(at), zeros: true, .. } if at == offset),
-                )
-                .last()
+                .zeros_at(zone, offset, contents)
                 .ok_or_else(|| format!("at {place} are zeros below the written end, which nobody wrote")),
             other => Err(format!("at {place} begins no write: {other:?}")),
         }
+    }
+
+    /// Which write of zeros begins here: they have no stamps, so one that was answered comes first, then one that
+    /// another write follows.
+    fn zeros_at(&self, zone: usize, offset: u64, contents: &[u8]) -> Option<&'a Op> {
+        let len_of = |op: &Op| match op.kind {
+            Kind::Write {
+                offset: Some(at),
+                len,
+                zeros: true,
+                ..
+            } if at == offset => Some(len as usize),
+            _ => None,
+        };
+        let followed = |op: &Op| {
+            len_of(op)
+                .and_then(|len| contents.get(len..len + PIECE))
+                .is_some_and(|next| matches!(look(next), Found::Stamp { index: 0, .. }))
+        };
+        let candidates = || self.ops(zone).filter(|op| len_of(op).is_some());
+        candidates()
+            .rfind(|op| op.acknowledged(self.at.tick).is_some())
+            .or_else(|| candidates().find(|op| followed(op)))
+            .or_else(|| candidates().next())
     }
 
     fn zeros_above(&self, contents: &[u8], end: u64) -> Verdict {

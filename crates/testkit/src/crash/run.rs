@@ -139,6 +139,7 @@ pub fn record(
             .await
             .map_err(|error| format!("the image does not open: {error}"))?;
         let opened = machine.tick();
+        machine.arm();
         let view = look_at(&device)
             .await
             .map_err(|error| format!("the image cannot be read: {error}"))?;

@@ -208,10 +208,11 @@ impl State<'_> {
             };
             if let Some(why) = why {
                 return Err(format!(
-                    "after a second crash ({crash_again:?} at event {at_again} of {}, opened at tick {}; the first was \
+                    "after a second crash ({crash_again:?} at event {at_again} of {}, opened at tick {}, run state {:?}; the first was \
                      {crash:?} at event {at}): {why}",
                     next.events.len(),
-                    next.oracle.opened
+                    next.oracle.opened,
+                    next.plan.run_state
                 ));
             }
         }
@@ -401,8 +402,9 @@ fn given_up(history: &History) -> usize {
 /// What acknowledgements before `tick` are worth after such a crash.
 fn promise(history: &History, tick: u64, crash: Crash) -> Promise {
     let behaviour = &history.plan.behaviour;
-    // A client's write that fails, fails alone; all other failures end the epoch.
-    let alone = |fault: Fault| fault.role == Role::Data && fault.kind == FaultKind::Write;
+    // A client's write that fails, fails alone; other failures end the epoch.
+    let ended = history.oracle.ops.iter().any(|op| op.epoch_failed);
+    let alone = |fault: Fault| fault.role == Role::Data && fault.kind == FaultKind::Write && !ended;
     let failed = history.fault.is_some_and(|fault| fault < tick) && !behaviour.fault.is_some_and(alone);
     match (&history.plan.run_state, crash) {
         (RunStateMode::Sync, Crash::Kill) if !failed => Promise::Acknowledged,
