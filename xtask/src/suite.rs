@@ -131,7 +131,7 @@ impl Which {
                 let tests = if tests.is_empty() { " -t 0001-0519" } else { &tests };
                 format!(
                     "cp -a /share/suite /tmp/suite && cd /tmp/suite || fail 'no suite'\n\
-                     printf '#!/bin/sh\\nexec \"$@\"\\n' >/usr/local/bin/sudo && chmod +x /usr/local/bin/sudo\n\
+                     printf '#!/bin/sh\\nexec \"$@\"\\n' >/usr/bin/sudo && chmod +x /usr/bin/sudo\n\
                      ./zonefs-tests.sh -g /tmp/logs{tests} \"$DEV\"\nstatus=$?\n\
                      mkdir -p /share/logs && cp /tmp/logs/* /share/logs/\nexit $status\n"
                 )
