@@ -38,7 +38,8 @@ impl Program {
 
     /// Empties the messages.
     pub fn forget_messages(&self) -> Result<()> {
-        Ok(drop(File::create(self.messages())?))
+        File::create(self.messages())?;
+        Ok(())
     }
 
     /// Starts the daemon without waiting for it.
@@ -89,9 +90,9 @@ impl Program {
 /// A running daemon. Killed when dropped.
 #[derive(Debug)]
 pub struct Daemon {
-    /// `None` once it was waited for: its number may belong to another process then.
     child: Mutex<Child>,
     pid: Option<Pid>,
+    /// It was waited for: its number may belong to another process now.
     gone: AtomicBool,
     ready: Arc<AtomicBool>,
 }

@@ -6,6 +6,7 @@
 //! there, on the same image. This is the contract's rule about process death on the real thing: a process, its
 //! files, and the kernel below; the crash device explores orders that no kill happens to hit.
 
+mod answers;
 pub mod daemon;
 pub mod judge;
 pub mod log;

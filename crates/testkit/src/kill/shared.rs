@@ -106,7 +106,11 @@ impl Plan {
         }
         Plan {
             round,
-            target: rng.skewed(1, max_acks),
+            target: if rng.one_in(3) {
+                rng.skewed(1, max_acks)
+            } else {
+                1 + rng.below(max_acks)
+            },
             delay: Duration::from_micros(if rng.one_in(2) { 0 } else { rng.below(500) }),
             end: match rng.below(20) {
                 0 | 1 => End::KillIdle,

@@ -7,13 +7,12 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::judge::{Secured, judge_conventional};
 use super::log::{Op, Time};
 use super::rng::Rng;
 use super::shared::{AppendZone, Counts, Hint, Shared, lock};
-use super::stamp::{Content, Stamp};
-use crate::client::zone::{REPORT_ENTRY, parse_report};
-use crate::client::{ClientError, Completion, Framing, Queue, Request, Status, Ticket, Zone, ZoneState};
+use super::stamp::Stamp;
+use crate::client::zone::REPORT_ENTRY;
+use crate::client::{Framing, Queue, Request, Ticket};
 
 /// Zones to which a queue writes at one time.
 pub const OWN_ZONES: usize = 2;
@@ -24,19 +23,19 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A zone to which only this queue writes.
 #[derive(Debug, Default)]
-struct Own {
-    zone: Option<u32>,
+pub(super) struct Own {
+    pub(super) zone: Option<u32>,
     /// Where the next write goes, where that is known.
-    next: Option<u32>,
+    pub(super) next: Option<u32>,
     /// Somebody is finding out where the zone stands.
-    asked: bool,
-    in_flight: u32,
-    refusals: u32,
+    pub(super) asked: bool,
+    pub(super) in_flight: u32,
+    pub(super) refusals: u32,
 }
 
 /// A request in flight, and what its end means.
 #[derive(Debug)]
-enum Flight {
+pub(super) enum Flight {
     Write {
         zone: u32,
         entry: usize,
@@ -83,7 +82,7 @@ enum Flight {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Purpose {
+pub(super) enum Purpose {
     Own(usize),
     Append,
     Look,
@@ -91,13 +90,15 @@ enum Purpose {
 
 /// One queue's traffic.
 pub struct Worker<'a> {
-    shared: &'a Shared<'a>,
+    pub(super) shared: &'a Shared<'a>,
     queue: Queue,
-    rng: Rng,
-    flights: HashMap<Ticket, Flight>,
-    own: [Own; OWN_ZONES],
-    counts: Counts,
+    pub(super) rng: Rng,
+    pub(super) flights: HashMap<Ticket, Flight>,
+    pub(super) own: [Own; OWN_ZONES],
+    pub(super) counts: Counts,
     explicit: u32,
+    /// No more zones can be active: one that nobody uses has to give way.
+    pub(super) crowded: bool,
 }
 
 impl<'a> Worker<'a> {
@@ -116,6 +117,7 @@ impl<'a> Worker<'a> {
             own: Default::default(),
             counts: Counts::default(),
             explicit: 0,
+            crowded: false,
         }
     }
 
@@ -191,6 +193,9 @@ impl<'a> Worker<'a> {
     }
 
     fn act(&mut self) -> Result<(), String> {
+        if std::mem::take(&mut self.crowded) {
+            return self.make_room();
+        }
         let weights = self.shared.plan.weights;
         let mut roll = self
             .rng
@@ -419,7 +424,7 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    fn reset(&mut self, zone: u32, own: Option<usize>) -> Result<(), String> {
+    pub(super) fn reset(&mut self, zone: u32, own: Option<usize>) -> Result<(), String> {
         let entry = self.shared.entry(Op::Reset, 0, 0);
         let entry = self.shared.zone(zone).submit(entry);
         let request = Request::ZoneReset(self.shared.geometry.sector(zone, 0));
@@ -439,10 +444,34 @@ impl<'a> Worker<'a> {
         self.send(&Request::ZoneResetAll, Flight::ResetAll(entries))
     }
 
+    /// Resets or finishes a zone that nobody uses and that may be partly written.
+    fn make_room(&mut self) -> Result<(), String> {
+        let mut pool = lock(&self.shared.pool);
+        let free = |wanted: Hint| {
+            let zones = pool.used.iter().zip(&pool.hints).zip(0..);
+            let free = zones.filter(|((used, hint), _)| !**used && **hint == wanted);
+            free.map(|(_, zone)| zone).collect::<Vec<u32>>()
+        };
+        let mut zones = free(Hint::Partial);
+        if zones.is_empty() {
+            zones = free(Hint::Full);
+        }
+        if zones.is_empty() {
+            return Ok(());
+        }
+        let zone = zones[self.rng.below(zones.len() as u64) as usize];
+        let finish = self.rng.one_in(2);
+        pool.hints[zone as usize] = if finish { Hint::Full } else { Hint::Empty };
+        drop(pool);
+        if finish {
+            self.finish(zone)
+        } else {
+            self.reset(zone, None)
+        }
+    }
+
     fn finish_some(&mut self) -> Result<(), String> {
         let (zone, own) = self.victim();
-        let entry = self.shared.entry(Op::Finish, 0, 0);
-        let entry = self.shared.zone(zone).submit(entry);
         let mut pool = lock(&self.shared.pool);
         match own {
             Some(own) => {
@@ -454,6 +483,12 @@ impl<'a> Worker<'a> {
             None => {}
         }
         drop(pool);
+        self.finish(zone)
+    }
+
+    fn finish(&mut self, zone: u32) -> Result<(), String> {
+        let entry = self.shared.entry(Op::Finish, 0, 0);
+        let entry = self.shared.zone(zone).submit(entry);
         let request = Request::ZoneFinish(self.shared.geometry.sector(zone, 0));
         self.send(&request, Flight::Finish { zone, entry })
     }
@@ -476,219 +511,8 @@ impl<'a> Worker<'a> {
     }
 }
 
-// What comes back.
-impl Worker<'_> {
-    fn completed(&mut self, completion: Completion) -> Result<(), String> {
-        let Some(flight) = self.flights.remove(&completion.ticket) else {
-            return Err(format!("request {} was completed twice", completion.ticket));
-        };
-        let status = completion.status;
-        if [Status::IOERR, Status::UNSUPP, Status::UNTOUCHED].contains(&status) {
-            return Err(format!("{flight:?} was answered with {status}"));
-        }
-        if status != Status::OK {
-            *self.counts.refused.entry(status.to_string()).or_default() += 1;
-            self.refused(flight);
-            return Ok(());
-        }
-        let kind = flight.kind();
-        self.acknowledged(flight, &completion)?;
-        *self.counts.acknowledged.entry(kind).or_default() += 1;
-        self.shared.count();
-        Ok(())
-    }
-
-    fn refused(&mut self, flight: Flight) {
-        match flight {
-            Flight::Write { zone, entry, own } => {
-                self.shared.zone(zone).refuse(entry, false);
-                let own = &mut self.own[own];
-                if own.zone != Some(zone) {
-                    return;
-                }
-                own.in_flight = own.in_flight.saturating_sub(1);
-                own.next = None;
-                own.refusals += 1;
-                // No resources, or somebody else writes there all the time.
-                if own.refusals > 40 {
-                    lock(&self.shared.pool).release(zone, Hint::Partial);
-                    *own = Own::default();
-                }
-            }
-            Flight::Append { zone, entry } => {
-                self.shared.zone(zone).refuse(entry, false);
-                let mut pool = lock(&self.shared.pool);
-                if pool.append.iter().any(|append| append.zone == zone) {
-                    pool.release(zone, Hint::Partial);
-                }
-            }
-            Flight::Conventional { zone, entry } => {
-                lock(&self.shared.conventional[zone as usize]).entries[entry].outcome =
-                    super::log::Outcome::Refused;
-            }
-            Flight::Reset { zone, entry, own } => {
-                self.shared.zone(zone).refuse(entry, false);
-                if let Some(own) = own
-                    && self.own[own].zone == Some(zone)
-                {
-                    self.own[own].asked = false;
-                }
-            }
-            Flight::ResetAll(entries) => {
-                for (log, entry) in self.shared.sequential.iter().zip(entries) {
-                    lock(log).refuse(entry, true);
-                }
-            }
-            Flight::Finish { zone, entry } => self.shared.zone(zone).refuse(entry, false),
-            Flight::Ask { .. }
-            | Flight::Flush(_)
-            | Flight::Read { .. }
-            | Flight::ReadConventional { .. }
-            | Flight::OpenOrClose => {}
-        }
-    }
-
-    fn acknowledged(&mut self, flight: Flight, completion: &Completion) -> Result<(), String> {
-        let shared = self.shared;
-        match flight {
-            Flight::Write { zone, entry, own } => {
-                let mut log = shared.zone(zone);
-                let at = log.entries[entry].at;
-                log.acknowledge(entry, at, shared.now())?;
-                if self.own[own].zone == Some(zone) {
-                    self.own[own].in_flight = self.own[own].in_flight.saturating_sub(1);
-                    self.own[own].refusals = 0;
-                }
-            }
-            Flight::Append { zone, entry } => {
-                let start = shared.geometry.sector(zone, 0);
-                let per_block = u64::from(shared.geometry.block) / super::shared::SECTOR;
-                let offset = completion.append_sector.checked_sub(start);
-                let at = offset.filter(|offset| offset % per_block == 0);
-                let Some(at) = at.and_then(|offset| u32::try_from(offset / per_block).ok()) else {
-                    return Err(format!(
-                        "an append to zone {zone} went to sector {}",
-                        completion.append_sector
-                    ));
-                };
-                shared.zone(zone).acknowledge(entry, at, shared.now())?;
-            }
-            Flight::Conventional { zone, entry } => {
-                let outcome = super::log::Outcome::Done(shared.now());
-                lock(&shared.conventional[zone as usize]).entries[entry].outcome = outcome;
-            }
-            Flight::Reset { zone, entry, own } => {
-                shared.zone(zone).acknowledge(entry, 0, shared.now())?;
-                if let Some(own) = own.map(|own| &mut self.own[own])
-                    && own.zone == Some(zone)
-                    && own.asked
-                {
-                    own.asked = false;
-                    own.next = (own.in_flight == 0).then_some(0);
-                }
-            }
-            Flight::ResetAll(entries) => {
-                let now = shared.now();
-                for (log, entry) in shared.sequential.iter().zip(entries) {
-                    lock(log).acknowledge(entry, 0, now)?;
-                }
-            }
-            Flight::Finish { zone, entry } => shared.zone(zone).acknowledge(entry, 0, shared.now())?,
-            Flight::Flush(submitted) => shared.flushed(submitted),
-            Flight::Read {
-                zone,
-                at,
-                expect,
-                resets,
-            } => {
-                if shared.zone(zone).resets == resets {
-                    self.compare(zone, at, &expect, &completion.data)?;
-                }
-            }
-            Flight::ReadConventional { zone, at, submitted } => {
-                let log = lock(&shared.conventional[zone as usize]);
-                let blocks = completion.data.chunks_exact(shared.geometry.block as usize);
-                for (block, data) in (at..).zip(blocks) {
-                    let content = Content::of(shared.image, data);
-                    // A read beside a write of the same block may see parts of both.
-                    let beside = log.writers(block).any(|writer| !writer.precedes(submitted));
-                    if beside && matches!(content, Content::Garbage { .. }) {
-                        continue;
-                    }
-                    judge_conventional(&log, block, Secured::ALL, submitted, content)
-                        .map_err(|what| format!("a read under way: {what}"))?;
-                }
-                self.counts.verified += completion.data.len() as u64;
-            }
-            Flight::Ask {
-                zone,
-                purpose,
-                known_end,
-                resets,
-            } => {
-                let report =
-                    parse_report(&completion.data).map_err(|error: ClientError| error.to_string())?;
-                let Some(report) = report.first() else {
-                    return Err(format!("no report of zone {zone}"));
-                };
-                let pointer = pointer(report, shared.geometry.block);
-                if shared.zone(zone).resets == resets && pointer < u64::from(known_end) {
-                    return Err(format!(
-                        "{report:?}: the pointer of zone {zone} is at block {pointer}, but writes up to block {known_end} \
-                         were acknowledged before"
-                    ));
-                }
-                self.answered(zone, purpose, report.state, pointer as u32)?;
-            }
-            Flight::OpenOrClose => {}
-        }
-        Ok(())
-    }
-
-    /// Uses what the device said about a zone.
-    fn answered(&mut self, zone: u32, purpose: Purpose, state: ZoneState, next: u32) -> Result<(), String> {
-        let full = state == ZoneState::Full;
-        let submitting = self.shared.submitting();
-        match purpose {
-            Purpose::Own(own) if self.own[own].zone == Some(zone) => {
-                if full && submitting {
-                    return self.reset(zone, Some(own));
-                }
-                self.own[own].asked = false;
-                self.own[own].next = (!full).then_some(next);
-            }
-            Purpose::Append => {
-                if full && submitting {
-                    self.reset(zone, None)?;
-                }
-                let mut pool = lock(&self.shared.pool);
-                pool.append_coming -= 1;
-                let reserved = if full { 0 } else { next };
-                pool.append.push(AppendZone { zone, reserved });
-            }
-            Purpose::Own(_) | Purpose::Look => {}
-        }
-        Ok(())
-    }
-
-    fn compare(&mut self, zone: u32, at: u32, expect: &[Option<Stamp>], data: &[u8]) -> Result<(), String> {
-        let size = self.shared.geometry.block as usize;
-        for ((block, expect), data) in (at..).zip(expect).zip(data.chunks_exact(size)) {
-            let Some(stamp) = expect else { continue };
-            let found = Content::of(self.shared.image, data);
-            if found != Content::Stamp(*stamp) {
-                return Err(format!(
-                    "a read under way of zone {zone} block {block} found {found}, where {stamp} was acknowledged"
-                ));
-            }
-            self.counts.verified += size as u64;
-        }
-        Ok(())
-    }
-}
-
 impl Flight {
-    fn kind(&self) -> &'static str {
+    pub(super) fn kind(&self) -> &'static str {
         match self {
             Flight::Write { .. } => "writes",
             Flight::Append { .. } => "appends",
@@ -702,9 +526,4 @@ impl Flight {
             Flight::OpenOrClose => "opens and closes",
         }
     }
-}
-
-/// A reported pointer, in blocks from the zone's start.
-pub(super) fn pointer(zone: &Zone, block: u32) -> u64 {
-    zone.wp.wrapping_sub(zone.start) * super::shared::SECTOR / u64::from(block)
 }

@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::answers::pointer;
 use super::judge::Found;
 use super::shared::Geometry;
 use super::stamp::Content;
-use super::traffic::pointer;
 use crate::client::{BlkConfig, Queue, Zone, ZoneKind};
 
 /// What the device holds.
