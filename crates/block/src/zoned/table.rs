@@ -64,6 +64,8 @@ pub struct Table {
     header: Box<Header>,
     /// Generation of each block's current copy, 0 where none was written.
     generations: Vec<u64>,
+    /// Blocks whose very first write was torn.
+    torn: Vec<u64>,
 }
 
 /// What was found when a table was opened.
@@ -115,6 +117,7 @@ impl Table {
             file,
             header,
             generations: vec![0; blocks(nr_zones) as usize],
+            torn: Vec::new(),
         };
         // Both copies, so that neither is ever garbage.
         table.write_header().await?;
@@ -137,6 +140,7 @@ impl Table {
             file,
             header,
             generations,
+            torn: Vec::new(),
         };
         let records = table.load_blocks(&mut repaired).await?;
         let clean = table.header.open == 0;
@@ -203,6 +207,10 @@ impl Table {
                 let block = self.current_block(index).await?;
                 write_block(&self.file, block.as_bytes(), copy_offset(index, generation)).await?;
             }
+        }
+        // What is left of a first write must not be there any more when the epoch has ended: then it would be damage.
+        for index in std::mem::take(&mut self.torn) {
+            write_block(&self.file, &[0; BLOCK], copy_offset(index, 1)).await?;
         }
         let offset = (self.header.generation.get() & 1) * BLOCK as u64;
         write_block(&self.file, self.header.as_bytes(), offset).await
@@ -287,6 +295,7 @@ impl Table {
             // The block's very first write was torn: allowed only while an epoch was open, and only there where
             // first writes go (generation 1), or else something was lost.
             if self.header.open != 0 && is_zero(first) && damaged(1) {
+                self.torn.push(index);
                 repaired.push(format!(
                     "the first write of zone table block {index} was torn; it holds empty zones"
                 ));
