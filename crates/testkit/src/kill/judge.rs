@@ -302,7 +302,8 @@ impl<'a> Case<'a> {
             return Ok(());
         }
         let resets: Vec<_> = self.resets().collect();
-        let what = match lost.first() {
+        // The last one is what resets explain least.
+        let what = match lost.iter().max_by_key(|entry| entry.done()) {
             Some(entry) => format!("{entry:?} was acknowledged"),
             None => format!("{} blocks were there before this round", self.base.blocks.len()),
         };
