@@ -1,5 +1,7 @@
 //! Clients, oracles, devices and suites for the tests and benchmarks of zbdkit.
 
 pub mod client;
+pub mod conformance;
 pub mod crash;
+pub mod fault;
 pub mod kill;

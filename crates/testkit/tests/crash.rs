@@ -6,7 +6,7 @@
 use zbdkit_block::{CreateOptions, RunStateMode};
 use zbdkit_testkit::crash::host::{Fault, FaultKind, Lie, Role};
 use zbdkit_testkit::crash::run::{IMAGE, Plan};
-use zbdkit_testkit::crash::suite::{Case, Crash, Effort, Tally, campaign, exhaust};
+use zbdkit_testkit::crash::suite::{Case, Crash, Effort, Tally, campaign, creation, exhaust};
 use zbdkit_testkit::crash::workload::Mix;
 use zbdkit_zone::Model;
 
@@ -33,6 +33,16 @@ fn host_aware() -> CreateOptions {
         model: Model::HostAware,
         zone_size: Some(64 << 10),
         ..CreateOptions::new(IMAGE, 512 << 10)
+    }
+}
+
+/// More zones than a table block holds.
+fn many_zones() -> CreateOptions {
+    CreateOptions {
+        zone_size: Some(16 << 10),
+        zone_capacity: Some(12 << 10),
+        max_active: 0,
+        ..CreateOptions::new(IMAGE, 140 * (16 << 10))
     }
 }
 
@@ -94,32 +104,49 @@ fn hold(case: Case, share: u64) {
 
 #[test]
 fn host_managed_zones_keep_the_contract() {
-    hold(case("managed", host_managed(), Mix::ALL), 12);
+    hold(case("managed", host_managed(), Mix::ALL), 24);
 }
 
 #[test]
 fn a_mapped_run_state_keeps_the_contract() {
-    hold(mapped(case("mapped", host_managed(), Mix::ALL)), 10);
+    hold(mapped(case("mapped", host_managed(), Mix::ALL)), 20);
 }
 
 #[test]
 fn crowded_zones_keep_the_contract() {
-    hold(case("crowd", host_managed(), Mix::CROWD), 10);
+    hold(case("crowd", host_managed(), Mix::CROWD), 20);
 }
 
 #[test]
 fn crowded_zones_keep_the_contract_with_a_mapped_run_state() {
-    hold(mapped(case("crowd-mapped", host_managed(), Mix::CROWD)), 8);
+    hold(mapped(case("crowd-mapped", host_managed(), Mix::CROWD)), 16);
 }
 
 #[test]
 fn host_aware_zones_keep_the_contract() {
-    hold(case("aware", host_aware(), Mix::ALL), 10);
+    hold(case("aware", host_aware(), Mix::ALL), 20);
 }
 
 #[test]
 fn crowded_host_aware_zones_keep_the_contract() {
-    hold(mapped(case("aware-crowd", host_aware(), Mix::CROWD)), 10);
+    hold(mapped(case("aware-crowd", host_aware(), Mix::CROWD)), 20);
+}
+
+#[test]
+fn several_table_blocks_keep_the_contract() {
+    let busy = Mix {
+        reset_all: 4,
+        flush: 15,
+        ..Mix::ALL
+    };
+    hold(case("many", many_zones(), busy), 7);
+    hold(mapped(case("many-mapped", many_zones(), busy)), 12);
+}
+
+#[test]
+fn a_new_image_is_durable_once_it_was_made() {
+    let states = creation(&host_managed(), None, SEED, 600).unwrap_or_else(|why| panic!("{why}"));
+    println!("creation: {states} states");
 }
 
 #[test]
@@ -261,6 +288,13 @@ fn a_left_out_table_sync_is_caught() {
         Lie::Sync(Role::Table),
         Crash::Power,
     );
+}
+
+#[test]
+fn a_left_out_directory_sync_is_caught() {
+    let why =
+        creation(&host_managed(), Some(Lie::NameSync), SEED, 600).expect_err("the lie was not found out");
+    println!("{:?}: {}", Lie::NameSync, why.lines().next().unwrap_or_default());
 }
 
 #[test]

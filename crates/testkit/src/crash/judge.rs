@@ -366,7 +366,7 @@ impl<'a> Judge<'a> {
                 at = kept;
                 continue;
             }
-            let op = self.write_at(zone, info.start + at, &contents[at as usize..])?;
+            let op = self.write_at(zone, generation, info.start + at, &contents[at as usize..])?;
             let Kind::Write { id, len, zeros, .. } = op.kind else {
                 unreachable!("write_at gives writes")
             };
@@ -414,7 +414,7 @@ impl<'a> Judge<'a> {
     }
 
     /// Which write begins here.
-    fn write_at(&self, zone: usize, offset: u64, contents: &[u8]) -> Result<&'a Op, String> {
+    fn write_at(&self, zone: usize, generation: u32, offset: u64, contents: &[u8]) -> Result<&'a Op, String> {
         let place = offset - self.oracle.geometry.start(ZoneNo(zone as u32));
         match look(&contents[..PIECE]) {
             Found::Stamp { id, index: 0 } => {
@@ -439,7 +439,7 @@ impl<'a> Judge<'a> {
                 Ok(op)
             }
             Found::Zeros => self
-                .zeros_at(zone, offset, contents)
+                .zeros_at(zone, generation, offset, contents)
                 .ok_or_else(|| format!("at {place} are zeros below the written end, which nobody wrote")),
             other => Err(format!("at {place} begins no write: {other:?}")),
         }
@@ -447,7 +447,7 @@ impl<'a> Judge<'a> {
 
     /// Which write of zeros begins here: they have no stamps, so one that was answered comes first, then one that
     /// another write follows.
-    fn zeros_at(&self, zone: usize, offset: u64, contents: &[u8]) -> Option<&'a Op> {
+    fn zeros_at(&self, zone: usize, generation: u32, offset: u64, contents: &[u8]) -> Option<&'a Op> {
         let len_of = |op: &Op| match op.kind {
             Kind::Write {
                 offset: Some(at),
@@ -462,7 +462,9 @@ impl<'a> Judge<'a> {
                 .and_then(|len| contents.get(len..len + PIECE))
                 .is_some_and(|next| matches!(look(next), Found::Stamp { index: 0, .. }))
         };
-        let candidates = || self.ops(zone).filter(|op| len_of(op).is_some());
+        let tick = self.at.tick;
+        let fits = |op: &&Op| len_of(op).is_some() && op.may_be_of(generation, tick);
+        let candidates = || self.ops(zone).filter(fits);
         candidates()
             .rfind(|op| op.acknowledged(self.at.tick).is_some())
             .or_else(|| candidates().find(|op| followed(op)))

@@ -92,6 +92,19 @@ pub fn make_image(runtime: &Runtime, options: &CreateOptions) -> Disk {
     machine.disk()
 }
 
+/// Makes an image on an empty machine; what happened, and when it was answered.
+pub fn record_creation(
+    runtime: &Runtime,
+    options: &CreateOptions,
+    behaviour: Behaviour,
+    seed: u64,
+) -> Result<(Vec<Recorded>, u64), String> {
+    let machine = Machine::new(Disk::default(), behaviour, seed);
+    let host = machine.host();
+    drive(runtime, &machine, create(&host, options)).map_err(|error| error.to_string())?;
+    Ok((machine.events(), machine.tick()))
+}
+
 /// Opens the image, as a user names it.
 pub async fn open(host: &Arc<dyn Host>, run_state: &RunStateMode) -> Result<Device, OpenError> {
     let options = OpenOptions {

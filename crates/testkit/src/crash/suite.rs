@@ -7,9 +7,9 @@ use zbdkit_io::{Backend, OnPanic, Runtime, RuntimeOptions};
 
 use super::choose::{Choose, Odometer, Rng, mix};
 use super::disk::{Change, Disk, Event};
-use super::host::{Behaviour, Fault, FaultKind, Role};
+use super::host::{Behaviour, Fault, FaultKind, Lie, Role};
 use super::judge::{Moment, Promise, View, history, judge};
-use super::run::{History, Plan, make_image, record};
+use super::run::{History, Plan, make_image, record, record_creation};
 use super::workload::Mix;
 
 /// How the machine goes down.
@@ -457,6 +457,53 @@ pub fn exhaust(case: &Case, seed: u64, limit: u64, tally: &mut Tally) -> Result<
         }
     }
     Ok(judged)
+}
+
+/// Crashes while an image is made, and after: before the making has answered there may be anything but a wrong image,
+/// after it there must be an image of empty zones. Returns how many states there were.
+pub fn creation(options: &CreateOptions, lie: Option<Lie>, seed: u64, states: u64) -> Result<u64, String> {
+    let runtime = runtime();
+    let behaviour = Behaviour {
+        lie,
+        ..Behaviour::default()
+    };
+    let (events, made) = record_creation(&runtime, options, behaviour, seed)?;
+    for number in 0..states {
+        let mut rng = Rng::biased(mix(seed, number));
+        let at = rng.below(events.len() as u64 + 1) as usize;
+        let mut disk = Disk::default();
+        events[..at]
+            .iter()
+            .for_each(|recorded| disk.apply(&recorded.event));
+        let power = rng.one_in(2);
+        let disk = if power {
+            disk.power_cut(&mut rng)
+        } else {
+            disk.kill(&mut rng, false)
+        };
+        let plan = Plan {
+            clients: 0,
+            touch: true,
+            ..Plan::new(Mix::DATA, 0, 0)
+        };
+        let mut empty =
+            |view: &View, _: &[String]| match view.zones.iter().find(|zone| zone.written_end != zone.start) {
+                Some(zone) => Err(format!("zone {} of a new image is not empty", zone.zone)),
+                None => Ok(()),
+            };
+        let opened = record(&runtime, &disk, &plan, number, 1, &mut empty);
+        let answered = events.get(at).is_none_or(|event| event.tick > made);
+        match opened {
+            Err(why) if answered || !why.starts_with("the image does not open") => {
+                return Err(format!(
+                    "state {number} of seed {seed:#x}, event {at} of {}: {why}",
+                    events.len()
+                ));
+            }
+            _ => {}
+        }
+    }
+    Ok(states)
 }
 
 /// How many requests and answers there were: states that look the same but follow different promises differ.

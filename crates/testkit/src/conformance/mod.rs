@@ -1,0 +1,225 @@
+//! What any zoned device must do, as a library: tests run it on every backing and through every door.
+//!
+//! Each suite begins on a device whose zones are all reset and ends with a case that must succeed, so that a device
+//! that refuses everything does not pass.
+
+mod data;
+mod rules;
+
+use std::fmt;
+
+use zbdkit_block::{CrossZone, Device, Error, Lane, ZoneOp};
+use zbdkit_io::IoBuf;
+use zbdkit_zone::{Condition, Filter, Geometry, ZoneInfo, ZoneNo, ZoneType};
+
+/// A rule that the device breaks.
+#[derive(Debug)]
+pub struct Broken {
+    /// The suite.
+    pub suite: &'static str,
+    /// What happened, and what should have.
+    pub what: String,
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.suite, self.what)
+    }
+}
+
+type Outcome = Result<(), String>;
+
+macro_rules! ensure {
+    ($condition:expr, $($text:tt)*) => {
+        if !$condition {
+            return Err(format!($($text)*));
+        }
+    };
+}
+pub(crate) use ensure;
+
+/// Asserts that a result is an error that matches.
+macro_rules! refused {
+    ($result:expr, $pattern:pat, $what:expr) => {
+        match $result {
+            Err($pattern) => {}
+            other => {
+                return Err(format!(
+                    "{}: {other:?} instead of {}",
+                    $what,
+                    stringify!($pattern)
+                ))
+            }
+        }
+    };
+}
+pub(crate) use refused;
+
+/// Runs all suites on a device with sequential-required zones. Its contents are lost.
+pub async fn run(device: &Device) -> Result<(), Broken> {
+    let Some(geometry) = device.limits().zoned.clone() else {
+        return Err(Broken {
+            suite: "limits",
+            what: "the device has no zones".into(),
+        });
+    };
+    let subject = Subject {
+        lane: device.lane(8),
+        device,
+        geometry,
+    };
+    let broken = |suite| move |what| Broken { suite, what };
+    subject.renew().await.map_err(broken("renew"))?;
+    rules::limits(&subject).await.map_err(broken("limits"))?;
+    subject.renew().await.map_err(broken("renew"))?;
+    data::writes(&subject).await.map_err(broken("writes"))?;
+    subject.renew().await.map_err(broken("renew"))?;
+    data::appends(&subject).await.map_err(broken("appends"))?;
+    subject.renew().await.map_err(broken("renew"))?;
+    data::conventional(&subject)
+        .await
+        .map_err(broken("conventional zones"))?;
+    subject.renew().await.map_err(broken("renew"))?;
+    rules::transitions(&subject)
+        .await
+        .map_err(broken("transitions"))?;
+    subject.renew().await.map_err(broken("renew"))?;
+    rules::resources(&subject).await.map_err(broken("resources"))?;
+    subject.renew().await.map_err(broken("renew"))?;
+    rules::reports(&subject).await.map_err(broken("reports"))?;
+    subject.renew().await.map_err(broken("renew"))?;
+    rules::errors(&subject).await.map_err(broken("errors"))?;
+    subject.renew().await.map_err(broken("renew"))?;
+    rules::operator(&subject).await.map_err(broken("operator"))?;
+    subject.renew().await.map_err(broken("renew"))
+}
+
+/// The device under test.
+pub(crate) struct Subject<'a> {
+    device: &'a Device,
+    lane: Lane,
+    geometry: Geometry,
+}
+
+impl Subject<'_> {
+    /// All zones normal and empty.
+    async fn renew(&self) -> Outcome {
+        for zone in self.geometry.zones() {
+            let start = self.geometry.start(zone);
+            self.device
+                .zone_op(&self.lane, ZoneOp::SetNormal, start)
+                .await
+                .map_err(|e| format!("zone {zone} cannot be made normal: {e}"))?;
+        }
+        self.device
+            .reset_all(&self.lane)
+            .await
+            .map_err(|e| format!("the zones cannot be reset: {e}"))?;
+        let zones = self.report(Filter::All).await?;
+        match zones
+            .iter()
+            .find(|zone| zone.condition != Condition::Empty && zone.kind != ZoneType::Conventional)
+        {
+            Some(zone) => Err(format!("after a reset of all zones: {zone:?}")),
+            None => Ok(()),
+        }
+    }
+
+    fn block(&self) -> u64 {
+        self.geometry.block_size().into()
+    }
+
+    /// The sequential zone number `n`.
+    fn zone(&self, n: u32) -> ZoneNo {
+        ZoneNo(self.geometry.nr_conventional() + n)
+    }
+
+    /// How many sequential zones there are.
+    fn count(&self) -> u32 {
+        self.geometry.nr_zones() - self.geometry.nr_conventional()
+    }
+
+    fn start(&self, zone: ZoneNo) -> u64 {
+        self.geometry.start(zone)
+    }
+
+    async fn report(&self, filter: Filter) -> Result<Vec<ZoneInfo>, String> {
+        let zones = self.device.report(0, filter, usize::MAX).await;
+        zones.map_err(|e| format!("no report: {e}"))
+    }
+
+    async fn info(&self, zone: ZoneNo) -> Result<ZoneInfo, String> {
+        let zones = self.device.report(self.start(zone), Filter::All, 1).await;
+        let zones = zones.map_err(|e| format!("no report: {e}"))?;
+        zones
+            .first()
+            .copied()
+            .ok_or_else(|| format!("no report of zone {zone}"))
+    }
+
+    async fn is(&self, zone: ZoneNo, condition: Condition, written: u64) -> Outcome {
+        let info = self.info(zone).await?;
+        let end = info.written_end - info.start;
+        ensure!(
+            info.condition == condition && end == written,
+            "zone {zone} is {} with {end} bytes written, and should be {condition} with {written}",
+            info.condition
+        );
+        Ok(())
+    }
+
+    async fn write(&self, offset: u64, len: u64, byte: u8) -> Result<(), Error> {
+        let buf = IoBuf::alloc(len as usize);
+        buf.fill(0..len as usize, byte);
+        self.device.write(&self.lane, buf, offset).await
+    }
+
+    async fn append(&self, zone: ZoneNo, len: u64, byte: u8) -> Result<u64, Error> {
+        let buf = IoBuf::alloc(len as usize);
+        buf.fill(0..len as usize, byte);
+        self.device.append(&self.lane, buf, self.start(zone)).await
+    }
+
+    async fn op(&self, zone: ZoneNo, op: ZoneOp) -> Result<(), Error> {
+        self.device.zone_op(&self.lane, op, self.start(zone)).await
+    }
+
+    async fn read(&self, offset: u64, len: u64, cross: CrossZone) -> Result<Vec<u8>, Error> {
+        let buf = IoBuf::alloc(len as usize);
+        buf.fill(0..len as usize, 0xee);
+        self.device.read(&self.lane, buf.clone(), offset, cross).await?;
+        Ok(buf.to_vec())
+    }
+
+    /// The range holds this byte only.
+    async fn holds(&self, offset: u64, len: u64, byte: u8) -> Outcome {
+        let bytes = self.read(offset, len, CrossZone::Refuse).await;
+        let bytes = bytes.map_err(|e| format!("{len} bytes at {offset} cannot be read: {e}"))?;
+        match bytes.iter().position(|got| *got != byte) {
+            Some(at) => Err(format!(
+                "at {} is {:#x} and should be {byte:#x}",
+                offset + at as u64,
+                bytes[at]
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// A zone takes data and gives it back: what each suite ends with.
+    async fn works(&self) -> Outcome {
+        let zone = self.zone(self.count() - 1);
+        ok(self.op(zone, ZoneOp::Reset).await, "a reset")?;
+        ok(
+            self.write(self.start(zone), self.block(), 0x77).await,
+            "a write at the pointer",
+        )?;
+        ok(self.device.flush(&self.lane).await, "a flush")?;
+        self.holds(self.start(zone), self.block(), 0x77).await?;
+        ok(self.op(zone, ZoneOp::Reset).await, "a reset of a written zone")?;
+        self.is(zone, Condition::Empty, 0).await
+    }
+}
+
+fn ok<T>(result: Result<T, Error>, what: &str) -> Result<T, String> {
+    result.map_err(|error| format!("{what} failed: {error}"))
+}
