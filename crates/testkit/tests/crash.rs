@@ -150,6 +150,26 @@ fn a_new_image_is_durable_once_it_was_made() {
 }
 
 #[test]
+fn host_aware_zones_keep_the_contract_without_mappings_and_with_syncs() {
+    hold(case("aware-written", host_aware(), Mix::CROWD), 8);
+    let sync = case("aware-sync", host_aware(), Mix::CROWD);
+    hold(run_state(sync, RunStateMode::Sync), 8);
+}
+
+#[test]
+fn what_a_power_cut_left_above_a_pointer_never_shows() {
+    let few = Mix {
+        flush: 4,
+        zones: 2,
+        ..Mix::DATA
+    };
+    let mut case = case("aware-stale", host_aware(), few);
+    case.crash = Some(Crash::Power);
+    case.plan.requests = 10;
+    hold(case, 30);
+}
+
+#[test]
 fn run_state_sync_keeps_every_acknowledged_write() {
     hold(
         run_state(case("sync", host_managed(), Mix::ALL), RunStateMode::Sync),

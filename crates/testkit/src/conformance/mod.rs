@@ -57,7 +57,7 @@ pub(crate) use refused;
 
 /// Runs all suites on a device with sequential-required zones. Its contents are lost.
 pub async fn run(device: &Device) -> Result<(), Broken> {
-    let Some(geometry) = device.limits().zoned.clone() else {
+    let Some(geometry) = device.limits().zoned else {
         return Err(Broken {
             suite: "limits",
             what: "the device has no zones".into(),

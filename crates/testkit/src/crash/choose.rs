@@ -34,7 +34,7 @@ impl Pieces {
 /// Mixes two numbers into a seed.
 pub fn mix(a: u64, b: u64) -> u64 {
     let mut rng = Rng::new(a ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    rng.next() ^ b
+    rng.word() ^ b
 }
 
 /// SplitMix64: small, and the same on every machine.
@@ -60,7 +60,7 @@ impl Rng {
     }
 
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn word(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -76,7 +76,7 @@ impl Rng {
 
 impl Choose for Rng {
     fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+        self.word() % n
     }
 
     fn pieces(&mut self, count: usize) -> Pieces {

@@ -477,7 +477,7 @@ impl Disk {
                 *inode = inode.settle(choose, doubtful);
             }
             let path = self.path_of(*file);
-            if !path.is_some_and(|path| path.extension().is_some_and(|e| e == "zones")) {
+            if path.is_none_or(|path| path.extension().is_none_or(|e| e != "zones")) {
                 inode.forgive();
             }
         }

@@ -136,6 +136,9 @@ pub async fn look_at(device: &Device) -> Result<View, Error> {
     Ok(View { zones, contents })
 }
 
+/// Is told what a reopened image shows and what the opening said, and may object.
+pub type Look<'a> = &'a mut dyn FnMut(&View, &[String]) -> Result<(), String>;
+
 /// Opens, looks, lets the clients work, closes. `judge` sees what the reopened image shows, and what the opening told.
 pub fn record(
     runtime: &Runtime,
@@ -143,7 +146,7 @@ pub fn record(
     plan: &Plan,
     seed: u64,
     first_id: u32,
-    judge: &mut dyn FnMut(&View, &[String]) -> Result<(), String>,
+    judge: Look<'_>,
 ) -> Result<History, String> {
     let machine = Machine::new(start.clone(), plan.behaviour.clone(), seed);
     let host = machine.host();
@@ -157,7 +160,7 @@ pub fn record(
             .await
             .map_err(|error| format!("the image cannot be read: {error}"))?;
         judge(&view, device.notices())?;
-        let geometry = device.limits().zoned.clone().ok_or("the image has no zones")?;
+        let geometry = device.limits().zoned.ok_or("the image has no zones")?;
         let mut oracle = Oracle::new(geometry, view, first_id);
         oracle.opened = opened;
         let oracle = Rc::new(RefCell::new(oracle));

@@ -178,7 +178,7 @@ impl State<'_> {
         let again = effort.again > 0 && rng.one_in(effort.again);
         self.tally.count(crash, &disk);
         let next = self
-            .reopen(&disk, (at, crash, true), again, rng.next())
+            .reopen(&disk, (at, crash, true), again, rng.word())
             .map_err(|why| self.explain(at, crash, &why))?;
         for _ in 0..if again { 3 } else { 0 } {
             let crash_again = if rng.one_in(2) { Crash::Kill } else { Crash::Power };
@@ -193,7 +193,7 @@ impl State<'_> {
                 } else {
                     crash_again
                 };
-                let result = self.reopen(&disk, (at, both, false), false, rng.next());
+                let result = self.reopen(&disk, (at, both, false), false, rng.word());
                 result.err().map(|why| self.explain(at, crash, &why))
             } else {
                 let second = State {
@@ -201,7 +201,7 @@ impl State<'_> {
                     history: &next,
                     tally: self.tally,
                 };
-                let result = second.reopen(&disk, (at_again, crash_again, true), false, rng.next());
+                let result = second.reopen(&disk, (at_again, crash_again, true), false, rng.word());
                 result
                     .err()
                     .map(|why| second.explain(at_again, crash_again, &why))
@@ -251,9 +251,9 @@ impl State<'_> {
                 fault: None,
             },
             mix: before.mix,
-            clients: if again { 2 } else { 0 },
+            clients: if again { 3 } else { 0 },
             requests: if again { 8 } else { 0 },
-            touch: again,
+            touch: again && seed & 16 == 0,
             close: again,
         };
         let oracle = &self.history.oracle;

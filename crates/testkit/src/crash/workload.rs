@@ -184,7 +184,7 @@ impl Client {
     }
 
     fn zone(&self) -> ZoneNo {
-        let geometry = self.oracle.borrow().geometry.clone();
+        let geometry = self.oracle.borrow().geometry;
         let (nr, conventional) = (geometry.nr_zones(), geometry.nr_conventional());
         match self.mix.zones {
             0 => ZoneNo(self.below(nr.into()) as u32),
