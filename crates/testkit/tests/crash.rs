@@ -10,6 +10,7 @@ use zbdkit_testkit::crash::suite::{Case, Crash, Effort, Tally, campaign, creatio
 use zbdkit_testkit::crash::workload::Mix;
 use zbdkit_zone::Model;
 
+/// Where the histories come from; `ZBDKIT_CRASH_SEED` gives others.
 const SEED: u64 = 0x5eed_0001;
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
@@ -89,7 +90,8 @@ fn hold(case: Case, share: u64) {
     };
     let replay = std::env::var("ZBDKIT_CRASH_REPLAY").ok();
     let mut tally = Tally::default();
-    let result = campaign(&case, effort, SEED, replay.as_deref(), &mut tally);
+    let seed = std::env::var("ZBDKIT_CRASH_SEED").map_or(SEED, |seed| seed.parse().unwrap());
+    let result = campaign(&case, effort, seed, replay.as_deref(), &mut tally);
     println!(
         "{}: {} states judged; distinct: {} after a kill, {} after a power cut",
         case.name,

@@ -9,6 +9,7 @@ use super::choose::{Choose, Odometer, Rng, mix};
 use super::disk::{Change, Disk, Event};
 use super::host::{Behaviour, Fault, FaultKind, Lie, Role};
 use super::judge::{Moment, Promise, View, history, judge};
+use super::oracle::Answer;
 use super::run::{History, Plan, make_image, record, record_creation};
 use super::workload::Mix;
 
@@ -395,8 +396,18 @@ fn given_up(history: &History) -> usize {
         recorded.tick > fault
             && matches!(recorded.event, Event::Changed { change: Change::Write { offset: at, .. }, .. } if at == offset)
     };
-    let found = history.events.iter().position(|recorded| invalid(&recorded));
-    found.unwrap_or(history.events.len())
+    // By the time that anybody is told, it must be there.
+    let failures = history.oracle.ops.iter().filter_map(|op| op.done);
+    let told = failures
+        .filter(|(at, answer)| *answer == Answer::Failed && *at > fault)
+        .map(|(at, _)| at)
+        .min()
+        .unwrap_or(u64::MAX);
+    let events = &history.events;
+    let found = events
+        .iter()
+        .position(|recorded| invalid(&recorded) || recorded.tick > told);
+    found.unwrap_or(events.len())
 }
 
 /// What acknowledgements before `tick` are worth after such a crash.
