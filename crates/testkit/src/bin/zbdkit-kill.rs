@@ -129,7 +129,7 @@ fn options(args: &Args) -> Options {
     let queues = u64::from(args.queues);
     let mut create = Vec::new();
     for (name, value) in [
-        ("--size", args.zones * args.zone_size << 10),
+        ("--size", (args.zones * args.zone_size) << 10),
         ("--zone-size", args.zone_size << 10),
         ("--zone-capacity", args.zone_capacity << 10),
         ("--block-size", args.block_size.into()),
