@@ -339,3 +339,33 @@ fn a_source_is_watched_no_longer_than_its_registration_lives() {
         );
     });
 }
+
+#[test]
+fn a_waker_left_over_from_a_larger_pool_wakes_nobody_in_a_smaller_one() {
+    let runtime = runtime(Backend::Auto, Duration::ZERO);
+    let left = Rc::new(RefCell::new(Vec::new()));
+    let keep = |left: Rc<RefCell<Vec<Waker>>>| async move {
+        poll_fn(|cx| {
+            left.borrow_mut().push(cx.waker().clone());
+            Poll::Ready(())
+        })
+        .await;
+    };
+    runtime.block_on(async {
+        let large = TaskPool::new(8);
+        for _ in 0..8 {
+            assert!(large.try_spawn(keep(left.clone())).is_ok());
+        }
+        while large.in_use() > 0 {
+            yield_now().await;
+        }
+        drop(large);
+        let small = TaskPool::new(1);
+        left.borrow().iter().for_each(Waker::wake_by_ref);
+        yield_now().await;
+        assert!(small.try_spawn(keep(Rc::default())).is_ok());
+        while small.in_use() > 0 {
+            yield_now().await;
+        }
+    });
+}

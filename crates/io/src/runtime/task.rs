@@ -215,7 +215,10 @@ impl<F: Future<Output = ()> + 'static> Drop for TaskPool<F> {
 
 impl<F: Future<Output = ()> + 'static> Target for Slots<F> {
     fn run(&self, index: u32) {
-        let slot = &self.slots[index as usize];
+        // A waker left over from an earlier, larger pool may name a slot that this one does not have.
+        let Some(slot) = self.slots.get(index as usize) else {
+            return;
+        };
         if slot.state.get() != SlotState::Idle {
             return;
         }
