@@ -95,6 +95,9 @@ struct FdFile {
 /// Zeros written at once where the file system cannot make a hole.
 const ZEROS: u64 = 1 << 20;
 
+/// Bytes copied at once where direct I/O cannot use the caller's memory.
+const BOUNCE: usize = 1 << 20;
+
 impl File {
     /// Takes over a descriptor, open for what will be done with it. For a pipe or a socket offsets are ignored.
     pub fn from_fd(fd: OwnedFd, kind: FileKind) -> File {
@@ -251,16 +254,25 @@ impl File {
         self.bounce(file, kind, align, buf, offset).await
     }
 
-    /// Direct I/O with memory that is not aligned goes through a copy that is.
+    /// Direct I/O with memory that is not aligned goes through a copy that is: piece by piece, since a guest chooses
+    /// the length, and can make it longer than all of its memory.
     async fn bounce(&self, file: &FdFile, kind: Kind, align: u32, buf: IoBuf, offset: u64) -> io::Result<()> {
-        let copy = IoBuf::try_alloc(buf.len())?;
-        if kind == Kind::Write {
-            copy.copy_from_buf(&buf);
-        }
-        self.transfer_aligned(file, kind, align, copy.clone(), offset)
-            .await?;
-        if kind == Kind::Read {
-            buf.copy_from_buf(&copy);
+        let len = buf.len();
+        let piece = BOUNCE.max(align as usize);
+        let copy = IoBuf::try_alloc(len.min(piece))?;
+        let mut done = 0;
+        while done < len {
+            let n = (len - done).min(piece);
+            let (ours, theirs) = (copy.slice(0..n), buf.slice(done..done + n));
+            if kind == Kind::Write {
+                ours.copy_from_buf(&theirs);
+            }
+            self.transfer_aligned(file, kind, align, ours.clone(), offset + done as u64)
+                .await?;
+            if kind == Kind::Read {
+                theirs.copy_from_buf(&ours);
+            }
+            done += n;
         }
         Ok(())
     }
