@@ -210,6 +210,20 @@ fn a_shutdown_over_requests_that_do_not_end_says_so() {
 }
 
 #[test]
+fn a_shutdown_after_a_client_that_went_in_mid_request_says_so_too() {
+    let (mut rig, state) = rig(Duration::from_millis(20));
+    let mut client = rig.client();
+    state.shut();
+    start_reads(&mut client, 2);
+    state.wait_for(2);
+    drop(client);
+    // Refused, so the connection before it has been given up by now.
+    rig.try_client(|_| {}).unwrap_err();
+    let error = rig.stop().unwrap_err();
+    assert!(matches!(error, ServeError::Stuck(_)), "{error}");
+}
+
+#[test]
 fn more_requests_than_slots_wait_for_a_slot() {
     let (rig, state) = rig(PATIENT);
     let mut client = rig.client_with(|o| {

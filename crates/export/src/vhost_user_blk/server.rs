@@ -244,19 +244,28 @@ impl Server {
                 Some(client) => client,
                 None => match self.next_client()? {
                     Some(client) => client,
-                    None => return Ok(()),
+                    None => return self.at_rest(),
                 },
             };
             tracing::info!("a front-end connected");
             match self.serve(client, &mut waiting) {
                 Ok(()) => tracing::info!("the front-end disconnected"),
-                Err(Ended::Stopped) => return Ok(()),
+                Err(Ended::Stopped) => return self.at_rest(),
                 Err(Ended::Failed(error)) => {
                     limited_warn!(CONNECTIONS, "closed the connection to the front-end: {error}");
                 }
                 Err(Ended::Fatal(error)) => return Err(error),
             }
         }
+    }
+
+    /// Whether no request is in flight any more: those of a front-end that was let go may still be.
+    fn at_rest(&self) -> Result<(), ServeError> {
+        let patience = self.blk.drain_within;
+        for thread in &self.blk.threads {
+            thread.wait_stopped(patience)?;
+        }
+        Ok(())
     }
 
     /// Waits for a front-end, or for the end.
