@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use zbdkit_io::File;
 use zbdkit_zone::{Geometry, GeometryError, GeometrySpec, Model};
 
 use crate::error::OpenError;
@@ -125,14 +126,9 @@ pub async fn create(host: &Arc<dyn Host>, options: &CreateOptions) -> Result<Cre
             (false, _) => {}
         }
     }
-    let made = make(host, options, &geometry, &sidecar).await;
-    if made.is_err() {
-        // Nothing half made stays; what cannot be removed either is named by the error that is returned.
-        let _ = host.remove(&sidecar);
-        let _ = host.remove(path);
-    }
+    let uuid = make(host, options, &geometry, &sidecar).await?;
     Ok(Created {
-        uuid: made?,
+        uuid,
         geometry,
         sidecar,
     })
@@ -152,14 +148,30 @@ async fn make(
     sidecar: &Path,
 ) -> Result<uuid::Uuid, OpenError> {
     let path = &options.path;
-    let failed = |doing| move |source| OpenError::file(path, doing, source);
     let data = host
         .open(path, &FileOptions::new_file())
         .map_err(|e| host_error(path, "cannot be created", e))?;
+    let filled = fill(host, path, &data, geometry, sidecar).await;
+    if filled.is_err() {
+        // Nothing half made stays, and nothing goes that somebody else made in the meantime. What cannot be removed
+        // either is named by the error that is returned.
+        let _ = host.remove(path);
+    }
+    filled
+}
+
+async fn fill(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    data: &File,
+    geometry: &Geometry,
+    sidecar: &Path,
+) -> Result<uuid::Uuid, OpenError> {
+    let failed = |doing| move |source| OpenError::file(path, doing, source);
     data.set_len(geometry.size())
         .map_err(failed("cannot be made that large"))?;
     data.sync().await.map_err(failed("cannot be synced"))?;
     host.sync_name(path)
         .map_err(failed("its directory cannot be synced"))?;
-    create_sidecar(host, sidecar, geometry, &data).await
+    create_sidecar(host, sidecar, geometry, data).await
 }

@@ -127,15 +127,13 @@ impl Host for OsHost {
         if options.direct {
             flags |= OFlags::DIRECT;
         }
-        let fd = fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(io::Error::from)?;
-        let stat = fs::fstat(&fd).map_err(io::Error::from)?;
-        let kind = fs::FileType::from_raw_mode(stat.st_mode);
-        if !matches!(kind, fs::FileType::RegularFile | fs::FileType::BlockDevice) {
-            return Err(HostError::Io(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "neither a regular file nor a block device",
-            )));
+        if !options.create_new {
+            // Before it is opened: that alone waits for ever on a pipe, or starts something on a device, and an
+            // image from a stranger names the file of its run state itself.
+            check_kind(&fs::stat(path).map_err(io::Error::from)?)?;
         }
+        let fd = fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(io::Error::from)?;
+        check_kind(&fs::fstat(&fd).map_err(io::Error::from)?)?;
         lock::acquire(fd.as_fd(), options.lock, options.lock_wait).map_err(HostError::Locked)?;
         let direct_align = if options.direct {
             Some(direct_align(&fd))
@@ -235,6 +233,17 @@ impl Host for OsHost {
     fn set_image_id(&self, file: &File, id: [u8; 16]) -> bool {
         file.as_fd()
             .is_some_and(|fd| fs::fsetxattr(fd, IMAGE_ID, &id, XattrFlags::empty()).is_ok())
+    }
+}
+
+/// That bytes can be kept in it.
+fn check_kind(stat: &fs::Stat) -> io::Result<()> {
+    match fs::FileType::from_raw_mode(stat.st_mode) {
+        fs::FileType::RegularFile | fs::FileType::BlockDevice => Ok(()),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "neither a regular file nor a block device",
+        )),
     }
 }
 

@@ -47,18 +47,31 @@ pub struct Lane {
     slots: Option<RefCell<SlotPool>>,
 }
 
+/// Most writes to sequential zones that one lane has in flight; more wait for one of them. A driver chooses the size
+/// of its queues, and one with huge ones must not leave other lanes without slots.
+const MAX_DEPTH: u32 = 1023;
+
 impl Lane {
     /// A lane for at most `depth` writes in flight over `engine`'s zones, if there are any.
     pub(crate) fn new(engine: Option<&Engine>, depth: u32) -> Lane {
         Lane {
-            slots: engine.map(|engine| RefCell::new(engine.slots(depth))),
+            slots: engine.and_then(|engine| some_slots(engine, depth.min(MAX_DEPTH))),
         }
     }
 
-    /// The slots; `None` on a device without zones.
+    /// The slots; `None` on a device without zones, or where other lanes have taken them all.
     pub(crate) fn slots(&self) -> Option<&RefCell<SlotPool>> {
         self.slots.as_ref()
     }
+}
+
+/// As many slots as there are, up to `depth`. None rather than a pool that would never give one.
+fn some_slots(engine: &Engine, depth: u32) -> Option<RefCell<SlotPool>> {
+    std::iter::successors(Some(depth), |depth| Some(depth / 2))
+        .take_while(|depth| *depth > 0)
+        .map(|depth| engine.slots(depth))
+        .find(|pool| pool.capacity() > 0)
+        .map(RefCell::new)
 }
 
 /// A node of the block graph.

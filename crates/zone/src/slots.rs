@@ -15,8 +15,13 @@ use crate::sync::{AtomicU32, AtomicU64, Mutex, Ordering, lock};
 /// No slot. Index 0 is the home of the first pool, never a write's slot.
 pub(crate) const NIL: u32 = 0;
 
-/// The most slots of an engine, over all lanes (each pool costs one besides those that it gives).
-pub const MAX_SLOTS: u32 = 1 << 16;
+/// The most slots of an engine, over all lanes (each pool costs one besides those that it gives): enough for two
+/// doors of 256 queues with 1023 writes in flight each. They are made as lanes ask for them.
+pub const MAX_SLOTS: u32 = if cfg!(feature = "shuttle") {
+    1 << 16
+} else {
+    1 << 19
+};
 
 // Small where each slot costs the explorer of interleavings something.
 const CHUNK: u32 = if cfg!(feature = "shuttle") {

@@ -28,7 +28,7 @@ pub use size::{format_size, parse_size};
 pub struct OpenOptions {
     /// Open for reading only.
     pub read_only: bool,
-    /// Take no locks: look at an image that somebody else writes.
+    /// Take no locks: look at an image that somebody else writes. Only with `read_only`.
     pub force_share: bool,
     /// Bypass the page cache (as `cache.direct=on`).
     pub direct: bool,
@@ -225,6 +225,8 @@ impl Opener<'_> {
         direct: bool,
         read_only: bool,
     ) -> Result<Device, OpenError> {
+        let read_only = read_only || child.limits().read_only;
+        self.check_share(read_only)?;
         let options = ZonedOptions {
             sidecar,
             run_state,
@@ -236,6 +238,16 @@ impl Opener<'_> {
         let (node, notices) = ZonedNode::open(self.host, child, &options).await?;
         notices.iter().for_each(|notice| tracing::warn!("{notice}"));
         Ok(Device::zoned(node, notices))
+    }
+
+    /// Without locks nothing keeps two writers of an image apart, and the second would end the first one's epoch.
+    fn check_share(&self, read_only: bool) -> Result<(), OpenError> {
+        if self.options.force_share && !read_only {
+            return Err(OpenError::Graph(
+                "force-share can only be used with read-only images: open it read-only too".into(),
+            ));
+        }
+        Ok(())
     }
 
     fn open_node(&self, mut tree: Options, read_only: bool) -> Result<Arc<dyn Node>, OpenError> {
@@ -294,6 +306,7 @@ impl Opener<'_> {
         read_only: bool,
         locking: Option<&str>,
     ) -> Result<FileNode, OpenError> {
+        self.check_share(read_only)?;
         let lock = match (locking, self.options.force_share, read_only) {
             (Some("off"), ..) | (_, true, _) => LockMode::None,
             (Some("on" | "auto") | None, _, true) => LockMode::Read,

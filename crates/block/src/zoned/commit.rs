@@ -105,6 +105,11 @@ impl Committer {
     pub async fn close(&self, at: &Image<'_>) -> Result<(), Error> {
         self.flush(&[], at).await?;
         let table = lock(&self.table).take();
+        // Whatever still comes would find no table to be recorded in, and must not seem to have been.
+        let over = rustix::io::Errno::CANCELED.raw_os_error();
+        let _ = self
+            .failed
+            .compare_exchange(0, over, Ordering::AcqRel, Ordering::Acquire);
         let Some(mut table) = table else {
             return Err(Error::Epoch {
                 errno: libc::ECANCELED,

@@ -177,6 +177,32 @@ impl ZonedNode {
         self.engine.geometry().zone_type(zone) == ZoneType::SequentialPreferred
     }
 
+    /// Whether every write is durable before it is acknowledged, also where no pointer moves.
+    fn syncs_writes(&self) -> bool {
+        matches!(
+            self.durability,
+            Durability::Table {
+                sync_writes: true,
+                ..
+            }
+        )
+    }
+
+    /// That the operator has closed none of the zones in a range that is not empty.
+    fn check_writable(&self, offset: u64, end: u64) -> Result<(), Error> {
+        let geometry = self.engine.geometry();
+        for zone in (geometry.zone_of(offset).0..=geometry.zone_of(end - 1).0).map(ZoneNo) {
+            let record = self.engine.record(zone);
+            if record.offline {
+                return Err(ZoneError::Offline { zone }.into());
+            }
+            if record.read_only {
+                return Err(ZoneError::ReadOnly { zone }.into());
+            }
+        }
+        Ok(())
+    }
+
     /// The way of an admitted write to its acknowledgement.
     async fn carry_out(&self, lane: &Lane, permit: WritePermit, data: Data) -> Result<(), Error> {
         let stored = self.store(lane, &permit, data).await;
@@ -184,7 +210,7 @@ impl ZonedNode {
         match self.engine.complete(permit, errno, &self.waiters) {
             Completion::Prefix(prefix) => {
                 // A pointer that another write moved over this one may still be on its way into the run state.
-                let safe = if prefix.advanced() || self.is_preferred(prefix.zone()) {
+                let safe = if prefix.advanced() || self.is_preferred(prefix.zone()) || self.syncs_writes() {
                     self.publish(prefix.zone()).await
                 } else {
                     Ok(())
@@ -546,6 +572,7 @@ impl Node for ZonedNode {
                 .min(geometry.zone_size() * u64::from(geometry.nr_conventional()));
             let end = (offset + len).min(conventional);
             if offset < end {
+                self.check_writable(offset, end)?;
                 self.child.discard(lane, offset, end - offset).await?;
             }
             Ok(())

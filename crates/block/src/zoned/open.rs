@@ -77,17 +77,33 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// Makes the sidecar of a new image whose zones are all empty, durable when this returns. The file must not exist.
+/// Makes the sidecar of a new image whose zones are all empty, durable when this returns. The file must not exist, and
+/// does not where this fails.
 pub async fn create_sidecar(
     host: &Arc<dyn Host>,
     path: &Path,
     geometry: &Geometry,
     data: &File,
 ) -> Result<uuid::Uuid, OpenError> {
-    let failed = |doing| move |source| OpenError::file(path, doing, source);
     let file = host
         .open(path, &FileOptions::new_file())
         .map_err(|e| host_error(path, "cannot be created", e))?;
+    let filled = fill_sidecar(host, path, file, geometry, data).await;
+    if filled.is_err() {
+        // Only here is it certain that the file is ours.
+        let _ = host.remove(path);
+    }
+    filled
+}
+
+async fn fill_sidecar(
+    host: &Arc<dyn Host>,
+    path: &Path,
+    file: File,
+    geometry: &Geometry,
+    data: &File,
+) -> Result<uuid::Uuid, OpenError> {
+    let failed = |doing| move |source| OpenError::file(path, doing, source);
     let uuid = uuid::Uuid::new_v4();
     let spec = geometry.spec();
     let mut header = Box::new(Header::new_zeroed());
@@ -402,7 +418,8 @@ impl<'a> Opening<'a> {
         // A flush may have captured a write whose word was not stored yet.
         if word.is_of(record) && word.written() > record.written {
             // The counter of bytes is as old as the table; what was written since is known by how far the end moved.
-            record.counters.bytes_written += word.written() - record.written;
+            let moved = word.written() - record.written;
+            record.counters.bytes_written = record.counters.bytes_written.saturating_add(moved);
             record.written = word.written();
         }
     }
@@ -455,7 +472,7 @@ impl<'a> Opening<'a> {
             RunStateMode::Beside => Some(PathBuf::from(self.run_state_name())),
             RunStateMode::In(dir) => {
                 let dir = std::path::absolute(dir).map_err(|e| OpenError::file(dir, "is no directory", e))?;
-                Some(dir.join(self.run_state_name()))
+                Some(dir.join(self.run_state_name_among_others()))
             }
             RunStateMode::Sync | RunStateMode::None => None,
         };
@@ -521,6 +538,13 @@ impl<'a> Opening<'a> {
     fn run_state_name(&self) -> std::ffi::OsString {
         let name = self.options.sidecar.file_name().unwrap_or_default();
         with_suffix(Path::new(name), ".run").into_os_string()
+    }
+
+    /// In a directory for many images, some of which have the same name: none may replace or remove another's.
+    fn run_state_name_among_others(&self) -> PathBuf {
+        let name = Path::new(self.options.sidecar.file_name().unwrap_or_default());
+        let FileId { dev, ino, .. } = self.sidecar_id;
+        with_suffix(name, &format!(".{dev:x}-{ino:x}.run"))
     }
 
     fn directory(&self) -> PathBuf {

@@ -11,7 +11,7 @@ use zbdkit_spec::sidecar::{
     BLOCK, BLOCK_MAGIC, ENTRIES_PER_BLOCK, ENTRY_FINISHED, ENTRY_OFFLINE, ENTRY_READ_ONLY, Entry, Header,
     MAGIC, TABLE_OFFSET, TableBlock, VERSION,
 };
-use zbdkit_zone::{Counters, ZoneRecord};
+use zbdkit_zone::{Counters, MAX_ZONES, ZoneRecord};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Why a table cannot be used; the opener adds the path.
@@ -37,6 +37,9 @@ pub enum TableError {
     /// A version that this program does not know.
     #[error("version {0} of the zone table is not known to this zbdkit; use a newer one")]
     Version(u32),
+    /// Figures that no zbdkit wrote, whatever the checksum says.
+    #[error("the figures of the zone table's header contradict each other; restore the file from a backup")]
+    Contradictory,
     /// Both copies of a block fail their checksum.
     #[error(
         "both copies of zone table block {index} (zones {first} to {last}) are damaged; \
@@ -81,6 +84,9 @@ pub struct Loaded {
 /// Bytes of a table that get their space when it is made, so that a full disk fails a guest's write, not the flush
 /// of what was written before. The tables of huge devices (over 130,000 zones) stay sparse behind it.
 const RESERVED: u64 = 16 << 20;
+
+/// Generations and epochs count one by one, so none gets here; below it, adding one cannot overflow.
+const COUNTER_END: u64 = 1 << 62;
 
 /// Gives a file its space, where its file system can.
 pub async fn reserve(file: &File, len: u64) -> io::Result<()> {
@@ -327,7 +333,7 @@ impl Table {
         block.magic == BLOCK_MAGIC
             && block.index.get() == index
             && block.uuid == self.header.uuid
-            && block.generation.get() != 0
+            && (1..COUNTER_END).contains(&block.generation.get())
             && crc32c::crc32c(copy.as_bytes()) == block.crc.get()
     }
 
@@ -360,6 +366,9 @@ async fn read_header(file: &File, repaired: &mut Vec<String>) -> Result<Box<Head
     if best.version.get() != VERSION {
         return Err(TableError::Version(best.version.get()));
     }
+    if !is_consistent(best) {
+        return Err(TableError::Contradictory);
+    }
     if valid.iter().any(Option::is_none) {
         repaired.push("one copy of the zone table's header is damaged; the other one is used".into());
     }
@@ -370,6 +379,16 @@ fn header_is_intact(header: &Header) -> bool {
     let mut copy = *header;
     copy.crc = 0.into();
     header.magic == MAGIC && crc32c::crc32c(copy.as_bytes()) == header.crc.get()
+}
+
+/// Checked before anything is made or read by these numbers: a checksum is no proof of who wrote them.
+fn is_consistent(header: &Header) -> bool {
+    let (nr_zones, zone_size) = (header.nr_zones.get(), header.zone_size.get());
+    zone_size != 0
+        && header.size.get().div_ceil(zone_size) == u64::from(nr_zones)
+        && nr_zones <= MAX_ZONES
+        && header.generation.get() < COUNTER_END
+        && header.epoch.get() < COUNTER_END
 }
 
 async fn read_at(file: &File, offset: u64, len: usize) -> Result<Vec<u8>, TableError> {
