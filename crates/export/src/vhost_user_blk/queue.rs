@@ -7,6 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -14,8 +15,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use zbdkit_block::{Device, Lane};
 use zbdkit_io::{MemGuard, PollSource, TaskPool, add_poll_source, readable};
 use zbdkit_spec::virtio_blk::{Status, feature as f};
@@ -325,9 +327,30 @@ fn set_nonblocking(fd: &OwnedFd) {
     }
 }
 
-/// Counts an eventfd up. One that is full has been signalled already.
+/// Counts an eventfd up. One that is full has been signalled already: looking first matters, since the other side
+/// shares the description and can take the flag of [`set_nonblocking`] back.
 fn signal(eventfd: &OwnedFd) {
-    let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
+    let mut ready = [PollFd::new(eventfd, PollFlags::OUT)];
+    if matches!(poll(&mut ready, Some(&Timespec::default())), Ok(1)) {
+        let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
+    }
+}
+
+/// Takes an eventfd's count without ever waiting for one, whatever the other side makes of its flags.
+fn take_count(eventfd: &OwnedFd) -> Result<usize, Errno> {
+    let mut count = [0; 8];
+    // Offset -1: where the file stands, as read(2).
+    let taken = preadv2(
+        eventfd,
+        &mut [IoSliceMut::new(&mut count)],
+        u64::MAX,
+        ReadWriteFlags::NOWAIT,
+    );
+    match taken {
+        // Kernels before 5.8.
+        Err(Errno::OPNOTSUPP) => rustix::io::read(eventfd, &mut count),
+        taken => taken,
+    }
 }
 
 type Wait = Pin<Box<dyn Future<Output = std::io::Result<()>>>>;
@@ -351,8 +374,7 @@ impl Kick {
             if wait.as_mut().poll(cx).is_pending() {
                 return Ok(());
             }
-            let mut count = [0; 8];
-            self.wait = match rustix::io::read(&self.fd, &mut count) {
+            self.wait = match take_count(&self.fd) {
                 Ok(8) | Err(Errno::AGAIN | Errno::INTR) => Some(wait_for(self.fd.clone())),
                 _ => None,
             };
