@@ -7,7 +7,7 @@ use zbdkit_block::{
     CreateError, CreateOptions, DEFAULT_BLOCK_SIZE, DEFAULT_ZONE_SIZE, default_sidecar, did_you_mean,
     format_size,
 };
-use zbdkit_zone::{GeometrySpec, Model};
+use zbdkit_zone::{GeometryError, GeometrySpec, Model};
 
 use crate::args;
 use crate::image::{Session, shell_quoted};
@@ -147,7 +147,7 @@ pub fn run(mut args: Create) -> anyhow::Result<()> {
     let made = session
         .run(zbdkit_block::create(session.host(), &options))
         .map_err(|error| match error {
-            CreateError::Geometry(error) if args.zone_size.is_none() => {
+            CreateError::Geometry(error) if args.zone_size.is_none() && blames_zone_size(&error) => {
                 anyhow::Error::new(error).context("the default zone size does not fit, say --zone-size")
             }
             CreateError::Geometry(error) => anyhow::Error::new(error).context("these zones do not work"),
@@ -169,6 +169,17 @@ pub fn run(mut args: Create) -> anyhow::Result<()> {
         out.line(hint(&args.path, &made))?;
     }
     out.flush()
+}
+
+/// Whether another zone size would do.
+fn blames_zone_size(error: &GeometryError) -> bool {
+    matches!(
+        error,
+        GeometryError::ZoneSizeTooBig { .. }
+            | GeometryError::TooManyZones { .. }
+            | GeometryError::CapacityTooBig { .. }
+            | GeometryError::TooManyConventional { .. }
+    )
 }
 
 fn check_format(format: &str) -> anyhow::Result<()> {

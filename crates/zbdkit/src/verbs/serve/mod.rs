@@ -24,7 +24,7 @@ use service::{Event, Handed};
 
 /// Serve images to virtual machines until SIGTERM or SIGINT
 #[derive(Debug, Args)]
-#[command(after_help = AFTER_HELP)]
+#[command(override_usage = USAGE, after_help = AFTER_HELP)]
 pub struct Serve {
     /// The image: a path, driver=... options, or json:{...} (see 'zbdkit help')
     #[arg(value_name = "IMAGE", required_unless_present = "config")]
@@ -76,6 +76,11 @@ pub struct Serve {
 
 const DEFAULT_QUEUE_SIZE: u16 = 256;
 const DEFAULT_POLL_US: u32 = 50;
+
+/// As clap would write it, '--config' would seem to want an image.
+const USAGE: &str = "\
+zbdkit serve [OPTIONS] <IMAGE> --vhost-user-blk <SOCKET>
+       zbdkit serve --config <FILE>";
 
 const AFTER_HELP: &str = "\
 Examples:
