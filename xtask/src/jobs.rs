@@ -336,6 +336,18 @@ const QUICK: &[(&str, &[&str])] = &[
         &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
     ),
     ("unit", &["test", "--workspace"]),
+    (
+        "races",
+        &[
+            "test",
+            "--package",
+            "zbdkit-zone",
+            "--features",
+            "shuttle",
+            "--test",
+            "races",
+        ],
+    ),
 ];
 
 fn cargo(arguments: &[&str]) -> Result<()> {
