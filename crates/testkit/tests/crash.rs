@@ -1,4 +1,4 @@
-//! The contract of DURABILITY.md, held against the zoned driver over simulated files.
+//! The contract of docs/durability.md, held against the zoned driver over simulated files.
 //!
 //! `ZBDKIT_CRASH_STATES=N` makes each campaign judge so many states instead of its small share; a failure prints the
 //! value of `ZBDKIT_CRASH_REPLAY` with which it can be seen alone.

@@ -200,7 +200,7 @@ pub enum GeometryError {
     #[error("device size must not be 0")]
     SizeZero,
     /// The device's size is not whole blocks.
-    #[error("device size {size} is not a multiple of the block size {block_size}; {} would be", size / u64::from(*block_size) * u64::from(*block_size))]
+    #[error("device size {size} is not a multiple of the block size {block_size}; {} would be", size.checked_next_multiple_of(u64::from(*block_size)).unwrap_or(0))]
     SizeUnaligned {
         /// The device's size.
         size: u64,

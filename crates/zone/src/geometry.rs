@@ -413,7 +413,7 @@ mod tests {
                     size: (1 << 30) + 512,
                     ..SPEC
                 },
-                "; 1073741824 would be",
+                "; 1073745920 would be",
             ),
             (GeometrySpec { zone_size: 0, ..SPEC }, "zone size must not be 0"),
             (

@@ -1,4 +1,4 @@
-//! The durable side of an epoch: flushes, and the records of resets and finishes, in the order of DURABILITY.md.
+//! The durable side of an epoch: flushes, and the records of resets and finishes, in the order of docs/durability.md.
 //!
 //! One round at a time writes the table. A round captures the written ends, syncs the data they cover, then
 //! writes and syncs exactly what it captured. The records of resets (and what the operator set) need no data to

@@ -1,6 +1,7 @@
 //! The filter `zoned`: gives zones to any conventional node below it.
 //!
-//! The engine decides, the child stores, the durable table and the run state remember; DURABILITY rules the order.
+//! The engine decides, the child stores, the durable table and the run state remember; docs/durability.md
+//! rules the order.
 //! What a request does here: it is admitted (or waits while its zone is reset), its data goes to the child, the
 //! engine learns what became of it, the run state holds the new written end, and then it is acknowledged.
 

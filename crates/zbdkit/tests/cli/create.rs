@@ -37,6 +37,10 @@ fn impossible_zones_are_refused_with_what_is_wrong_and_leave_nothing() {
         ),
         (&["--size", "0"], "device size must not be 0"),
         (
+            &["--size", "768"],
+            "these zones do not work: device size 768 is not a multiple of the block size 4096",
+        ),
+        (
             &["--size", "64M", "--zone-size", "16M", "--block-size", "777"],
             "block size 777 is not a power of two",
         ),

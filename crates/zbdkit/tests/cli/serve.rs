@@ -274,6 +274,7 @@ fn a_configuration_serves_several_devices() {
         .fails(1, "(did you mean \"device\"?)");
     let run = bench.run(&["serve"]);
     assert_eq!(run.status, Some(2), "{run:?}");
+    assert!(run.err.contains("zbdkit serve --config <FILE>"), "{run:?}");
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::PathBuf;
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use listenfd::ListenFd;
@@ -23,7 +24,10 @@ pub enum Event {
     Ended,
 }
 
-/// Turns the first SIGTERM, SIGINT or SIGHUP into an event. The next one ends the process at once.
+/// Signals this close to the first are the same wish: timeout(1) and terminals signal a process and its group.
+const SAME_WISH: Duration = Duration::from_millis(200);
+
+/// Turns the first SIGTERM, SIGINT or SIGHUP into an event. A later one ends the process at once.
 pub fn signals() -> io::Result<(mpsc::Sender<Event>, mpsc::Receiver<Event>)> {
     let (sender, receiver) = mpsc::channel();
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
@@ -31,18 +35,21 @@ pub fn signals() -> io::Result<(mpsc::Sender<Event>, mpsc::Receiver<Event>)> {
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
-            for (count, signal) in signals.forever().enumerate() {
+            let mut first = None;
+            for signal in signals.forever() {
                 let name = match signal {
                     SIGTERM => "SIGTERM",
                     SIGINT => "SIGINT",
                     _ => "SIGHUP",
                 };
-                if count > 0 {
+                let since = first.get_or_insert_with(Instant::now).elapsed();
+                if since > SAME_WISH {
                     complain(format_args!(
                         "{name} again: ended at once, the next opening recovers the images"
                     ));
                     signal_hook::low_level::exit(128 + signal);
                 }
+                // Nobody minds hearing it twice.
                 let _ = to.send(Event::Signal(name));
             }
         })?;
