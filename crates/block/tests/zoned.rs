@@ -159,10 +159,11 @@ fn zones_and_data_come_back_after_a_clean_close() {
 
 #[test]
 fn an_acknowledged_write_outlives_the_process() {
+    let tmpfs = tempfile::tempdir_in("/dev/shm").unwrap();
     for run_state in [
         RunStateMode::Beside,
         RunStateMode::Sync,
-        RunStateMode::In("/dev/shm".into()),
+        RunStateMode::In(tmpfs.path().into()),
     ] {
         let image = Image::new();
         let device = image
@@ -192,6 +193,8 @@ fn an_acknowledged_write_outlives_the_process() {
         assert_eq!(image.read(&device, ZONE, 12288), [1; 12288]);
         image.close(device);
     }
+    // The last opening kept its run state elsewhere, and took the one that it had recovered from away.
+    assert_eq!(fs::read_dir(tmpfs.path()).unwrap().count(), 0);
 }
 
 #[test]

@@ -198,6 +198,8 @@ struct Opening<'a> {
     notices: Vec<String>,
     /// The last epoch that may have lost writes, since the last clean close.
     lost: Option<u64>,
+    /// The run state that was believed. It is ours, then, whatever the image says of its place.
+    recovered_from: Option<PathBuf>,
 }
 
 impl<'a> Opening<'a> {
@@ -267,6 +269,7 @@ impl<'a> Opening<'a> {
             records,
             notices,
             lost: None,
+            recovered_from: None,
         };
         opening.check_data()?;
         Ok(opening)
@@ -398,6 +401,7 @@ impl<'a> Opening<'a> {
                 found
                     .into_iter()
                     .for_each(|(zone, word)| self.overlay(zone, word));
+                self.recovered_from = Some(place);
                 Ok(true)
             }
             Err(why) => {
@@ -496,6 +500,14 @@ impl<'a> Opening<'a> {
                 header.generation_sum = sum.into();
             })
             .await?;
+        }
+        if let Some(old) = self.recovered_from.take()
+            && name
+                .as_ref()
+                .is_none_or(|name| self.directory().join(name) != old)
+        {
+            // Where the mode or the place was changed since, nobody else would; a failure leaves a file to spare.
+            let _ = self.host.remove(&old);
         }
         let run_state = match name {
             None => RunState::None,
