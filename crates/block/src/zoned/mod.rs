@@ -133,13 +133,17 @@ impl ZonedNode {
 
     /// As [`Node::write`], without a box.
     pub async fn write(&self, lane: &Lane, buf: IoBuf, offset: u64) -> Result<(), Error> {
-        match self.admit_write(lane, offset, buf.len() as u64).await {
-            Ok(permit) => self.carry_out(lane, permit, Data::Buf(buf)).await,
-            Err(Error::Zone(ZoneError::Boundary { .. })) if !self.is_ordered(offset, buf.len()) => {
-                for part in self.parts(offset, buf.len()) {
-                    let (at, len) = (offset + part.start as u64, part.len() as u64);
-                    let permit = self.admit_write(lane, at, len).await?;
-                    self.carry_out(lane, permit, Data::Buf(buf.slice(part))).await?;
+        self.write_data(lane, offset, buf.len(), Data::Buf(buf)).await
+    }
+
+    async fn write_data(&self, lane: &Lane, offset: u64, len: usize, data: Data) -> Result<(), Error> {
+        match self.admit_write(lane, offset, len as u64).await {
+            Ok(permit) => self.carry_out(lane, permit, data).await,
+            Err(Error::Zone(ZoneError::Boundary { .. })) if !self.is_ordered(offset, len) => {
+                for part in self.parts(offset, len) {
+                    let at = offset + part.start as u64;
+                    let permit = self.admit_write(lane, at, part.len() as u64).await?;
+                    self.carry_out(lane, permit, data.part(part)).await?;
                 }
                 Ok(())
             }
@@ -507,6 +511,15 @@ enum Data {
     Zeroes { unmap: bool },
 }
 
+impl Data {
+    fn part(&self, range: Range<usize>) -> Data {
+        match self {
+            Data::Buf(buf) => Data::Buf(buf.slice(range)),
+            Data::Zeroes { unmap } => Data::Zeroes { unmap: *unmap },
+        }
+    }
+}
+
 impl Node for ZonedNode {
     fn limits(&self) -> &Limits {
         &self.limits
@@ -546,19 +559,7 @@ impl Node for ZonedNode {
                 len,
                 size: self.limits.size,
             })?;
-            match self.admit_write(lane, offset, len).await {
-                Ok(permit) => self.carry_out(lane, permit, Data::Zeroes { unmap }).await,
-                Err(Error::Zone(ZoneError::Boundary { .. })) if !self.is_ordered(offset, whole) => {
-                    for part in self.parts(offset, whole) {
-                        let permit = self
-                            .admit_write(lane, offset + part.start as u64, part.len() as u64)
-                            .await?;
-                        self.carry_out(lane, permit, Data::Zeroes { unmap }).await?;
-                    }
-                    Ok(())
-                }
-                Err(error) => Err(error),
-            }
+            self.write_data(lane, offset, whole, Data::Zeroes { unmap }).await
         })
     }
 
