@@ -1,0 +1,26 @@
+//! The qcow2 format: clusters, their mapping and reference counts, snapshots, check and repair.
+//!
+//! It knows no zones, no graph and no paths: it works on open [`zbdkit_io::File`]s, and what lies below an image (its
+//! backing image) is a [`Backing`]. Everything that an image says is taken for hostile: bounded, checked, never
+//! believed by its number alone.
+
+mod check;
+mod compress;
+mod create;
+mod error;
+mod grace;
+mod header;
+mod image;
+mod l2;
+mod lock;
+mod refcounts;
+mod resize;
+mod snapshot;
+mod write;
+
+pub use check::{CheckReport, Repair, check};
+pub use create::{Layout, Preallocation, create};
+pub use error::Error;
+pub use header::{Compression, Extension, Header};
+pub use image::{Access, Backing, Extent, Mapping, Options, Qcow2, Resolved};
+pub use snapshot::Snapshot;
