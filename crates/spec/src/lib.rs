@@ -4,5 +4,6 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod qcow2;
 pub mod sidecar;
 pub mod virtio_blk;
