@@ -1,14 +1,16 @@
 //! `zbdkit`: the command line and the daemon.
 //!
 //! Each verb is one module of [`verbs`]. What they share is here: how an image is named and opened ([`image`]), how
-//! results and errors are printed ([`output`]), what numbers look like ([`args`]) and the shapes of `--json`
-//! ([`shapes`]).
+//! results and errors are printed ([`output`]), how far long work is ([`progress`]), what numbers look like ([`args`])
+//! and the shapes of `--json` ([`shapes`]).
 
 mod args;
 mod cli;
 mod image;
 mod log;
 mod output;
+#[allow(dead_code, reason = "the verbs that need it come next")]
+mod progress;
 mod shapes;
 mod verbs;
 

@@ -95,9 +95,50 @@ pub fn describe(error: &anyhow::Error) -> String {
     text
 }
 
+/// A size as qemu-img prints it: three significant digits, `196 KiB`, `10.6 MiB`, `0 B`.
+pub fn qemu_size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
+    // From 1000 on the next unit is taken, so that three digits are enough.
+    let (mut value, mut unit) = (bytes as f64, 0);
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let digits = match value {
+        _ if value >= 99.95 => 0,
+        _ if value >= 9.995 => 1,
+        _ if value >= 0.9995 => 2,
+        _ => 3,
+    };
+    let text = format!("{value:.digits$}");
+    let text = match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.'),
+        false => &text,
+    };
+    format!("{text} {}B", UNITS[unit])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_printed_as_qemu_img_prints_them() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "0.977 KiB"),
+            (12800, "12.5 KiB"),
+            (200704, "196 KiB"),
+            (590336, "576 KiB"),
+            (11141120, "10.6 MiB"),
+            (1 << 30, "1 GiB"),
+            (1 << 48, "256 TiB"),
+            (u64::MAX, "16 EiB"),
+        ] {
+            assert_eq!(qemu_size(bytes), text);
+        }
+    }
 
     #[test]
     fn causes_are_told_once() {
