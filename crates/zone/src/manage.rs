@@ -1,7 +1,7 @@
 //! Open, close, and the operations that need a zone for themselves.
 
-use crate::engine::{BUSY, Engine, FINISHED, Locked, POISONED};
-use crate::error::{Refused, ZoneError};
+use crate::engine::{BUSY, Engine, FINISHED, Locked, POISONED, check_record};
+use crate::error::{RecordError, Refused, ZoneError};
 use crate::permit::{Events, ExclusivePermit, used};
 use crate::sync::lock;
 use crate::types::{CloseEmpty, Condition, ExclusiveOp, ZoneNo, ZoneRecord};
@@ -126,8 +126,38 @@ impl Engine {
         let mut z = self.lock(zone);
         assert_eq!(z.refs, 0, "zone {zone} has requests in flight");
         let record = after(permit.op, z.record());
+        self.take_over(&mut z, &record);
+        self.end_exclusive(z, permit, events);
+    }
+
+    /// Puts a record in the place of what the zone holds, counters included, for tools that have written the zone's
+    /// bytes below the engine. As at opening, the active limit may be passed.
+    ///
+    /// # Errors
+    /// A record that no zone of this geometry can have.
+    ///
+    /// # Panics
+    /// Where the zone has requests in flight, or an operation has it.
+    pub fn restore(&self, zone: ZoneNo, record: &ZoneRecord) -> Result<(), RecordError> {
+        self.check(zone, record)?;
+        let mut z = self.lock(zone);
+        assert!(z.refs == 0 && !z.is(BUSY), "zone {zone} is in use");
+        self.take_over(&mut z, record);
+        Ok(())
+    }
+
+    /// Whether a zone of this geometry can have such a record.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub fn check(&self, zone: ZoneNo, record: &ZoneRecord) -> Result<(), RecordError> {
+        check_record(&self.geometry, zone, record)
+    }
+
+    fn take_over(&self, z: &mut Locked<'_>, record: &ZoneRecord) {
         z.done = record.written;
         z.next = record.written;
+        z.bytes_written = record.counters.bytes_written;
         z.resets = record.counters.resets;
         z.finishes = record.counters.finishes;
         if record.finished {
@@ -135,10 +165,9 @@ impl Engine {
         } else {
             z.clear(FINISHED)
         }
-        let condition = record.condition(self.geometry.zone_type(zone), self.geometry.capacity(zone));
-        self.accounting.change(&self.zones).set(zone, condition);
-        self.dirty.mark(zone);
-        self.end_exclusive(z, permit, events);
+        let condition = record.condition(self.geometry.zone_type(z.no), self.geometry.capacity(z.no));
+        self.accounting.change(&self.zones).set(z.no, condition);
+        self.dirty.mark(z.no);
     }
 
     /// Lets requests in again and leaves the zone as it is.

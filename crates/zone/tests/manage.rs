@@ -5,7 +5,9 @@
 mod support;
 
 use support::*;
-use zbdkit_zone::{CloseEmpty, Condition, ExclusiveOp, Refused, ZoneError, ZoneNo};
+use zbdkit_zone::{
+    CloseEmpty, Condition, Counters, ExclusiveOp, RecordError, Refused, ZoneError, ZoneNo, ZoneRecord,
+};
 
 use CloseEmpty::{ToClosed, ToEmpty};
 use Condition::{Closed, Empty, ExplicitlyOpen, Full, ImplicitlyOpen, NotWritePointer, Offline, ReadOnly};
@@ -337,4 +339,54 @@ fn all_zones_are_reset_one_after_the_other() {
         .for_each(|permit| d.engine.commit(permit, &d.log));
     assert_eq!((d.written(Z2), d.written(Z3), d.written(Z5)), (0, 0, 0));
     assert_eq!(d.condition(Z4), ReadOnly);
+}
+
+#[test]
+fn a_restored_zone_is_as_its_record_says_whatever_it_was() {
+    let mut d = Device::with(|spec| spec.max_active = 1, |_| ZoneRecord::default());
+    d.write(Z2, 2);
+    let closed = ZoneRecord {
+        written: 3 * BLOCK,
+        counters: Counters {
+            resets: 4,
+            finishes: 5,
+            bytes_written: 6,
+        },
+        ..ZoneRecord::default()
+    };
+    let full = ZoneRecord {
+        finished: true,
+        ..closed
+    };
+    for (zone, record, condition) in [
+        (Z2, ZoneRecord::default(), Empty),
+        (Z3, closed, Closed),
+        (Z4, closed, Closed),
+        (Z5, full, Full),
+        (Z5, closed, Closed),
+    ] {
+        d.engine.restore(zone, &record).expect("possible");
+        assert_eq!((d.engine.record(zone), d.condition(zone)), (record, condition));
+    }
+    // The limit is passed as it may be at opening, and the counts are right.
+    assert_eq!(d.engine.resources().active, 3);
+    let mut dirty = Vec::new();
+    d.engine.take_dirty(&mut |zone, _| dirty.push(zone));
+    assert_eq!(dirty, [Z2, Z3, Z4, Z5]);
+    for zone in [Z4, Z5] {
+        d.engine.restore(zone, &ZoneRecord::default()).expect("possible");
+    }
+    d.write(Z3, 1);
+    assert_eq!(d.written(Z3), 4);
+    let beyond = ZoneRecord {
+        written: 7 * BLOCK,
+        ..ZoneRecord::default()
+    };
+    let refused = RecordError::BeyondCapacity {
+        zone: Z3,
+        written: 7 * BLOCK,
+        capacity: CAPACITY,
+    };
+    assert_eq!(d.engine.restore(Z3, &beyond), Err(refused));
+    assert_eq!(d.written(Z3), 4);
 }
