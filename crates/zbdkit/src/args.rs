@@ -1,6 +1,7 @@
-//! Numbers on the command line.
+//! Numbers and names on the command line.
 
 use zbdkit_block::parse_size;
+use zbdkit_qcow2::Preallocation;
 
 /// A size or offset in bytes, as in `64M`, `0x1000` or `128s` (512-byte sectors).
 pub fn bytes(text: &str) -> Result<u64, String> {
@@ -17,6 +18,17 @@ pub fn count(text: &str) -> Result<u32, String> {
     parse_size(text)
         .and_then(|number| u32::try_from(number).ok())
         .ok_or_else(|| "not a number below 2^32".to_owned())
+}
+
+/// What gets its space at once.
+pub fn preallocation(text: &str) -> Result<Preallocation, String> {
+    match text {
+        "off" => Ok(Preallocation::Off),
+        "metadata" => Ok(Preallocation::Metadata),
+        "falloc" => Ok(Preallocation::Falloc),
+        "full" => Ok(Preallocation::Full),
+        _ => Err("expected off, metadata, falloc or full".to_owned()),
+    }
 }
 
 #[cfg(test)]

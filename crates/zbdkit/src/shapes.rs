@@ -54,11 +54,11 @@ impl Zoned {
 pub struct Created {
     pub image: PathBuf,
     pub format: &'static str,
-    pub sidecar: PathBuf,
-    pub uuid: String,
+    pub sidecar: Option<PathBuf>,
+    pub uuid: Option<String>,
     pub size: u64,
-    pub block_size: u32,
-    pub zoned: Zoned,
+    pub block_size: Option<u32>,
+    pub zoned: Option<Zoned>,
 }
 
 /// What `info --json` says.

@@ -1,0 +1,324 @@
+//! `zbdkit create`: makes an image, most often of empty zones.
+
+mod options;
+mod qcow2;
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use zbdkit_block::{CreateError, CreateOptions, Created, default_sidecar, did_you_mean, format_size};
+use zbdkit_zone::{GeometryError, GeometrySpec};
+
+use crate::args;
+use crate::image::{Session, shell_quoted};
+use crate::output::{Out, Usage};
+use crate::shapes;
+use options::{Asked, Format, Value};
+use qcow2::Zones;
+
+/// Make an image: a zoned device of empty zones, or a plain qcow2 disk
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Create {
+    /// The file to make: NAME.qcow2 holds data and zones; of any other name the zone table is made beside it, as
+    /// PATH.zones
+    pub path: PathBuf,
+
+    /// Size of the device in bytes, as qemu-img takes it; the same as --size
+    #[arg(value_name = "SIZE", value_parser = args::bytes)]
+    pub positional_size: Option<u64>,
+
+    /// Size of the device in bytes [default with -b: the backing image's]
+    #[arg(long, value_name = "BYTES", value_parser = args::bytes)]
+    pub size: Option<u64>,
+
+    /// Zone size in bytes, a multiple of the block size; a power of two if Linux is to use the device, and in qcow2
+    /// [default: 256M]
+    #[arg(long, value_name = "BYTES", value_parser = args::bytes)]
+    pub zone_size: Option<u64>,
+
+    /// Writable bytes of each zone, at most the zone size [default: the zone size]
+    #[arg(long, value_name = "BYTES", value_parser = args::bytes)]
+    pub zone_capacity: Option<u64>,
+
+    /// Make the first N zones conventional: written anywhere, without a write pointer [default: 0]
+    #[arg(long, value_name = "N", value_parser = args::count)]
+    pub conventional: Option<u32>,
+
+    /// At most N zones are open at a time, 0 for no limit [default: the active limit]
+    #[arg(long, value_name = "N", value_parser = args::count)]
+    pub max_open: Option<u32>,
+
+    /// At most N zones are open or closed, that is, partly written; 0 for no limit [default: 0]
+    #[arg(long, value_name = "N", value_parser = args::count)]
+    pub max_active: Option<u32>,
+
+    /// Largest zone append in bytes, 0 for none [default: 1M, or the zone capacity if that is less]
+    #[arg(long, value_name = "BYTES", value_parser = args::bytes)]
+    pub max_append: Option<u64>,
+
+    /// Logical block size in bytes, 512 to 65536 [default: 4096]
+    #[arg(long, visible_alias = "logical-block-size", value_name = "BYTES", value_parser = args::bytes)]
+    pub block_size: Option<u64>,
+
+    /// How sequential zones may be written, or none for a disk without zones (qcow2) [default: host-managed]
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<ModelArg>,
+
+    /// Where the zone table goes, of a raw image [default: PATH.zones]
+    #[arg(long, value_name = "FILE")]
+    pub sidecar: Option<PathBuf>,
+
+    /// Replace an image that is there (not one that is in use)
+    #[arg(long)]
+    pub force: bool,
+
+    /// Format of the image: raw or qcow2 [default: qcow2 where PATH ends in .qcow2, else raw]
+    #[arg(short, long, value_name = "FORMAT")]
+    pub format: Option<String>,
+
+    /// Options by QEMU's names: size=, cluster_size=, zone.size=, ...; several with commas ('-o help' lists them)
+    #[arg(short = 'o', long = "options", value_name = "OPTIONS")]
+    pub options: Vec<String>,
+
+    /// Make an overlay: where it has nothing of its own, this image shows, whose zones it starts with (qcow2)
+    #[arg(short, long, value_name = "IMAGE")]
+    pub backing: Option<String>,
+
+    /// Format of the backing image: qcow2 or raw; qemu-img's -B is the same
+    #[arg(short = 'F', long, value_name = "FORMAT", visible_short_alias = 'B')]
+    pub backing_format: Option<String>,
+
+    /// Do not look at the backing image: its name is only noted, SIZE must be given
+    #[arg(short = 'u', long, requires = "backing")]
+    pub backing_unsafe: bool,
+
+    /// Print nothing
+    #[arg(short, long)]
+    pub quiet: bool,
+
+    /// Print what was made as JSON
+    #[arg(long, conflicts_with = "quiet")]
+    pub json: bool,
+}
+
+/// How sequential zones may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ModelArg {
+    /// Only at the write pointer
+    HostManaged,
+    /// Best, but not only, at the write pointer
+    HostAware,
+    /// There are no zones
+    None,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  zbdkit create disk.qcow2 --size 768M --zone-size 64M --max-open 6 --max-active 8
+  zbdkit create -f qcow2 -o size=768M,zone.mode=host-managed,zone.size=64M zbc.qcow2
+  zbdkit create -b disk.qcow2 -F qcow2 overlay.qcow2
+  zbdkit create -f qcow2 plain.qcow2 20G
+  zbdkit create smr.raw 8T --zone-size 256M --conventional 64 --model host-aware
+  zbdkit create zns.raw 64G --zone-size 128M --zone-capacity 96M --block-size 4k
+
+The file takes the space of what is written. Sizes are bytes with a suffix k, M, G, T (powers of 1024).
+
+Zones or not:
+  A raw image has zones always, those of the options and else the defaults.
+  A qcow2 image has zones
+    - where an option says anything of zones: --zone-size, --block-size,
+      -o zone.mode=host-managed, ...;
+    - where only the name PATH.qcow2 chose the format;
+    - over a backing image that has zones: the overlay begins with them.
+  It has none, as qemu-img's, where -f qcow2 is said without any option for
+  zones, and with --model none or -o zone.mode=none.
+  Limits that exceed the number of zones are cut with a warning in qcow2.
+
+JSON:
+  {image, format, sidecar, uuid, size, block_size, zoned: {model, zone_size,
+  zone_capacity, nr_zones, nr_conventional, max_open, max_active,
+  max_append}}; sizes in bytes, a limit of 0 is no limit; null: zoned and uuid
+  without zones, sidecar and block_size where the format has none";
+
+pub fn run(args: Create) -> anyhow::Result<()> {
+    let mut out = Out::new();
+    let format = format_of(&args)?;
+    if options::asks_for_help(&args.options) {
+        options::print_help(&mut out, format)?;
+        return out.flush();
+    }
+    let asked = asked(&args, format)?;
+    match format {
+        Format::Raw => raw(&mut out, &args, &asked)?,
+        Format::Qcow2 => qcow2_image(&mut out, &args, &asked)?,
+    }
+    out.flush()
+}
+
+/// What was said, or what the name says.
+fn format_of(args: &Create) -> anyhow::Result<Format> {
+    match args.format.as_deref() {
+        Some("raw") => Ok(Format::Raw),
+        Some("qcow2") => Ok(Format::Qcow2),
+        None if args.path.extension().is_some_and(|suffix| suffix == "qcow2") => Ok(Format::Qcow2),
+        None => Ok(Format::Raw),
+        Some(other) => Err(Usage(format!(
+            "format {other:?} is not known{}; formats are raw, qcow2",
+            did_you_mean(other, &["raw", "qcow2"])
+        ))
+        .into()),
+    }
+}
+
+/// What `-o` and the flags say, in one place.
+fn asked(args: &Create, format: Format) -> anyhow::Result<Asked> {
+    if format == Format::Raw && args.backing.is_some() {
+        return Err(Usage("a raw image has no backing image: say -f qcow2".into()).into());
+    }
+    if format == Format::Qcow2 && args.sidecar.is_some() {
+        return Err(Usage("a qcow2 image holds its zone table itself: leave out --sidecar".into()).into());
+    }
+    let mut asked = Asked::read(format, &args.options)?;
+    let number = |bytes: Option<u64>| bytes.map(Value::Number);
+    let count = |count: Option<u32>| number(count.map(u64::from));
+    for size in [args.positional_size, args.size] {
+        asked.flag("SIZE or --size", "size", number(size))?;
+    }
+    asked.flag("--zone-size", "zone.size", number(args.zone_size))?;
+    asked.flag("--zone-capacity", "zone.capacity", number(args.zone_capacity))?;
+    asked.flag(
+        "--conventional",
+        "zone.conventional_zones",
+        count(args.conventional),
+    )?;
+    asked.flag("--max-open", "zone.max_open_zones", count(args.max_open))?;
+    asked.flag("--max-active", "zone.max_active_zones", count(args.max_active))?;
+    asked.flag("--max-append", "zone.max_append_bytes", number(args.max_append))?;
+    asked.flag("--block-size", "block_size", number(args.block_size))?;
+    let model = args.model.map(|model| Value::Text(model.name().to_owned()));
+    asked.flag("--model", "zone.mode", model)?;
+    asked.override_with("backing_file", args.backing.clone());
+    asked.override_with("backing_fmt", args.backing_format.clone());
+    Ok(asked)
+}
+
+impl ModelArg {
+    fn name(self) -> &'static str {
+        match self {
+            ModelArg::HostManaged => "host-managed",
+            ModelArg::HostAware => "host-aware",
+            ModelArg::None => "none",
+        }
+    }
+}
+
+fn no_size() -> anyhow::Error {
+    Usage("how large is the device to be? Say --size, as in --size 768M".into()).into()
+}
+
+fn raw(out: &mut Out, args: &Create, asked: &Asked) -> anyhow::Result<()> {
+    let size = asked.number("size").ok_or_else(no_size)?;
+    let named = args.sidecar.clone();
+    let sidecar = named.or_else(|| asked.text("sidecar").map(PathBuf::from));
+    let options = CreateOptions {
+        sidecar,
+        force: args.force,
+        ..qcow2::zone_options(asked, &args.path, size, false)?
+    };
+    let session = Session::new()?;
+    let made = session
+        .run(zbdkit_block::create(session.host(), &options))
+        .map_err(|error| explained(error, asked))?;
+    let spec = made.geometry.spec();
+    if args.json {
+        out.json(&shapes::Created {
+            image: args.path.clone(),
+            format: "raw",
+            sidecar: Some(made.sidecar),
+            uuid: Some(made.uuid.to_string()),
+            size: spec.size,
+            block_size: Some(spec.block_size),
+            zoned: Some(shapes::Zoned::of(&made.geometry)),
+        })
+    } else if !args.quiet {
+        out.line(raw_formatting(&args.path, spec))?;
+        out.line(raw_hint(&args.path, &made))
+    } else {
+        Ok(())
+    }
+}
+
+/// Puts words around an error that the user's options explain.
+fn explained(error: CreateError, asked: &Asked) -> anyhow::Error {
+    match error {
+        CreateError::Geometry(error) if asked.number("zone.size").is_none() && blames_zone_size(&error) => {
+            anyhow::Error::new(error).context("the default zone size does not fit, say --zone-size")
+        }
+        CreateError::Geometry(error) => anyhow::Error::new(error).context("these zones do not work"),
+        error => error.into(),
+    }
+}
+
+fn qcow2_image(_out: &mut Out, args: &Create, asked: &Asked) -> anyhow::Result<()> {
+    let layout = qcow2::layout(asked)?;
+    let zones = qcow2::zones(asked, args.format.is_some())?;
+    if layout.size == 0 && asked.number("size").is_none() && (layout.backing.is_none() || args.backing_unsafe)
+    {
+        return Err(no_size());
+    }
+    let _zones = match zones {
+        Zones::None | Zones::Inherited => None,
+        Zones::Described => Some(qcow2::zone_options(asked, &args.path, layout.size, true)?),
+    };
+    anyhow::bail!("format qcow2 is not there yet")
+}
+
+/// Whether another zone size would do.
+fn blames_zone_size(error: &GeometryError) -> bool {
+    matches!(
+        error,
+        GeometryError::ZoneSizeTooBig { .. }
+            | GeometryError::TooManyZones { .. }
+            | GeometryError::CapacityTooBig { .. }
+            | GeometryError::TooManyConventional { .. }
+    )
+}
+
+/// The line that qemu-img's users know, with the options that describe the image in full.
+fn raw_formatting(path: &Path, spec: &GeometrySpec) -> String {
+    format!(
+        "Formatting '{}', fmt=raw zone.mode={} zone.size={} zone.capacity={} zone.conventional_zones={} \
+         zone.max_active_zones={} zone.max_open_zones={} zone.max_append_bytes={} block_size={} size={}",
+        path.display(),
+        shapes::model_name(spec.model),
+        spec.zone_size,
+        spec.zone_capacity,
+        spec.nr_conventional,
+        spec.max_active,
+        spec.max_open,
+        spec.max_append,
+        spec.block_size,
+        spec.size
+    )
+}
+
+fn raw_hint(path: &Path, made: &Created) -> String {
+    let image = if made.sidecar == default_sidecar(path) {
+        shell_quoted(path)
+    } else {
+        let doubled = |path: &Path| path.to_string_lossy().replace(',', ",,");
+        let graph = format!(
+            "driver=zoned,file.driver=file,file.filename={},sidecar={}",
+            doubled(path),
+            doubled(&made.sidecar)
+        );
+        shell_quoted(Path::new(&graph))
+    };
+    format!(
+        "{} zones of {}, zone table in {}. Next: zbdkit serve {image} --vhost-user-blk /tmp/zbd.sock",
+        made.geometry.nr_zones(),
+        format_size(made.geometry.zone_size()),
+        made.sidecar.display(),
+    )
+}
