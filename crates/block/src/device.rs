@@ -4,11 +4,11 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use zbdkit_io::IoBuf;
-use zbdkit_zone::{Engine, Filter, ZoneInfo};
+use zbdkit_zone::{Engine, Filter, ZoneInfo, ZoneNo, ZoneRecord};
 
 use crate::error::Error;
 use crate::limits::Limits;
-use crate::node::{CrossZone, Lane, Node, ZoneOp};
+use crate::node::{Access, CrossZone, Lane, MapExtent, Node, ZoneOp};
 use crate::zoned::{ImageStatus, ZonedNode};
 
 /// An opened image. A cheap handle: clones share the graph. Every request is checked here against the root's
@@ -92,8 +92,12 @@ impl Device {
         match &self.root {
             _ if buf.is_empty() => Ok(()),
             Root::Zoned(node) => node.read(lane, buf, offset, cross).await,
-            Root::Other(node) => match node.resolve(offset, buf.len() as u64) {
-                Some((file, at)) => file.read(buf, at).await.map_err(|e| Error::io("read", &e)),
+            Root::Other(node) => match node.resolve(offset, buf.len() as u64, Access::Read) {
+                Some(at) => at
+                    .file
+                    .read(buf, at.offset)
+                    .await
+                    .map_err(|e| Error::io("read", &e)),
                 None => node.read(lane, buf, offset, cross).await,
             },
         }
@@ -105,8 +109,12 @@ impl Device {
         match &self.root {
             _ if buf.is_empty() => Ok(()),
             Root::Zoned(node) => node.write(lane, buf, offset).await,
-            Root::Other(node) => match node.resolve(offset, buf.len() as u64) {
-                Some((file, at)) => file.write(buf, at).await.map_err(|e| Error::io("write", &e)),
+            Root::Other(node) => match node.resolve(offset, buf.len() as u64, Access::Write) {
+                Some(at) => at
+                    .file
+                    .write(buf, at.offset)
+                    .await
+                    .map_err(|e| Error::io("write", &e)),
                 None => node.write(lane, buf, offset).await,
             },
         }
@@ -180,6 +188,33 @@ impl Device {
         sink: &mut dyn FnMut(ZoneInfo) -> ControlFlow<()>,
     ) -> Result<(), Error> {
         self.node().report(from, filter, sink).await
+    }
+
+    /// What the first bytes of a range consist of; the extent is at most `len` long, and above a zone's written end
+    /// there are zeros.
+    pub async fn map(&self, offset: u64, len: u64) -> Result<MapExtent, Error> {
+        let size = self.limits().size;
+        if len == 0 || offset.checked_add(len).is_none_or(|end| end > size) {
+            return Err(Error::OutOfRange { offset, len, size });
+        }
+        self.node().map(offset, len).await
+    }
+
+    /// Puts records in the place of what zones hold, durably; for tools that have written the zones' bytes below them.
+    /// The bytes are durable before the records are. No request may be in flight.
+    pub async fn restore(&self, records: &[(ZoneNo, ZoneRecord)]) -> Result<(), Error> {
+        match &self.root {
+            Root::Zoned(node) => node.restore(records).await,
+            Root::Other(_) => Err(Error::NotSupported("a zone table")),
+        }
+    }
+
+    /// The node that holds the bytes whatever the zones say of them; the root itself without zones.
+    pub(crate) fn below(&self) -> &dyn Node {
+        match &self.root {
+            Root::Zoned(node) => node.child(),
+            Root::Other(node) => &**node,
+        }
     }
 
     /// Closes cleanly. No request may be in flight; requests through other clones fail from now on or are lost.

@@ -1,17 +1,21 @@
 //! The leaves `file` and `memory`: bytes in one file, on disk or without a name in memory.
 
+use std::path::Path;
 use std::sync::Arc;
 
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 use zbdkit_io::{File, IoBuf};
 
 use crate::error::{Error, OpenError};
 use crate::host::{FileId, Host};
 use crate::limits::Limits;
-use crate::node::{CrossZone, Lane, Node, Request};
+use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved};
 
 /// A file, or (driver `memory`) a sparse file in RAM: it grows with what is written, not with its size.
 pub struct FileNode {
     driver: &'static str,
+    name: Option<Arc<str>>,
     file: File,
     limits: Limits,
 }
@@ -26,6 +30,7 @@ impl FileNode {
         }
         Ok(FileNode {
             driver: "file",
+            name: None,
             file,
             limits,
         })
@@ -36,14 +41,17 @@ impl FileNode {
         let file = host.memory(size)?;
         Ok(FileNode {
             driver: "memory",
+            name: None,
             file,
             limits: Limits::plain(size, 512, read_only),
         })
     }
 
-    /// The file itself.
-    pub fn file(&self) -> &File {
-        &self.file
+    /// With the name that maps show.
+    #[must_use]
+    pub fn named(mut self, path: &Path) -> FileNode {
+        self.name = Some(path.to_string_lossy().into());
+        self
     }
 
     /// Which file it is.
@@ -62,8 +70,12 @@ impl Node for FileNode {
         self.driver
     }
 
-    fn resolve(&self, offset: u64, _len: u64) -> Option<(&File, u64)> {
-        Some((&self.file, offset))
+    fn resolve(&self, offset: u64, _len: u64, _access: Access) -> Option<Resolved<'_>> {
+        Some(Resolved::fixed(&self.file, offset))
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(&self.file)
     }
 
     fn read<'a>(&'a self, _lane: &'a Lane, buf: IoBuf, offset: u64, _cross: CrossZone) -> Request<'a, ()> {
@@ -102,8 +114,37 @@ impl Node for FileNode {
         })
     }
 
+    fn map<'a>(&'a self, offset: u64, len: u64) -> Request<'a, MapExtent> {
+        Box::pin(async move {
+            let (data, len) = extent(&self.file, offset, len);
+            Ok(MapExtent {
+                zero: !data,
+                data,
+                offset: Some(offset),
+                filename: self.name.clone(),
+                ..MapExtent::zeros(len)
+            })
+        })
+    }
+
     fn close<'a>(&'a self) -> Request<'a, ()> {
         self.flush()
+    }
+}
+
+/// Whether the range begins with data or with a hole, and how long that is. Data where nobody can tell.
+fn extent(file: &File, offset: u64, len: u64) -> (bool, u64) {
+    let Some(fd) = file.as_fd() else { return (true, len) };
+    // The position that this moves is nobody's: all I/O says where it goes.
+    match seek(fd, SeekFrom::Data(offset)) {
+        Ok(at) if at > offset => (false, (at - offset).min(len)),
+        Ok(_) => match seek(fd, SeekFrom::Hole(offset)) {
+            Ok(at) if at > offset => (true, (at - offset).min(len)),
+            _ => (true, len),
+        },
+        // No data up to the end.
+        Err(Errno::NXIO) => (false, len),
+        Err(_) => (true, len),
     }
 }
 
@@ -135,7 +176,6 @@ async fn zero(file: &File, offset: u64, len: u64, unmap: bool) -> Result<(), Err
 
 /// The file system has no such operation.
 pub(crate) fn is_unsupported(error: &std::io::Error) -> bool {
-    use rustix::io::Errno;
     matches!(Errno::from_io_error(error), Some(Errno::OPNOTSUPP | Errno::NOSYS))
         || error.kind() == std::io::ErrorKind::Unsupported
 }

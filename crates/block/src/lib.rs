@@ -15,6 +15,7 @@ mod lock;
 mod node;
 mod ofd;
 mod raw;
+pub mod tool;
 mod zoned;
 
 pub use create::{
@@ -27,6 +28,6 @@ pub use graph::{Graph, OpenOptions, did_you_mean, format_size, parse_size, run_s
 pub use host::{FileId, FileOptions, Host, HostError, OsHost};
 pub use limits::Limits;
 pub use lock::{Conflict, LockMode};
-pub use node::{CrossZone, Lane, Node, Request, ZoneOp};
+pub use node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved, ZoneOp};
 pub use raw::RawNode;
 pub use zoned::{ImageStatus, RunStateMode, ZonedNode, ZonedOptions, create_sidecar, default_sidecar};

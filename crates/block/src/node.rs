@@ -2,10 +2,12 @@
 
 use std::cell::RefCell;
 use std::future::Future;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::pin::Pin;
+use std::sync::Arc;
 
 use zbdkit_io::{File, IoBuf};
+pub use zbdkit_qcow2::Access;
 use zbdkit_zone::{CloseEmpty, Engine, Filter, SlotPool, ZoneInfo};
 
 use crate::error::Error;
@@ -42,6 +44,52 @@ pub enum ZoneOp {
     SetNormal,
 }
 
+/// What a range of the device consists of, as far as it is all alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapExtent {
+    /// Bytes, at least 1.
+    pub len: u64,
+    /// Which image of the chain says so: 0 for this one, 1 for its backing image.
+    pub depth: u32,
+    /// Some image of the chain says so, rather than none.
+    pub present: bool,
+    /// It reads as zeros.
+    pub zero: bool,
+    /// It has bytes that must be read.
+    pub data: bool,
+    /// Those are compressed.
+    pub compressed: bool,
+    /// Where the bytes (or the space kept for them) lie in the file, where they lie there as they are.
+    pub offset: Option<u64>,
+    /// That file.
+    pub filename: Option<Arc<str>>,
+}
+
+impl MapExtent {
+    /// Zeros that this image itself knows of.
+    pub fn zeros(len: u64) -> MapExtent {
+        MapExtent {
+            len,
+            depth: 0,
+            present: true,
+            zero: true,
+            data: false,
+            compressed: false,
+            offset: None,
+            filename: None,
+        }
+    }
+
+    /// Bytes of which is known only that there are some.
+    pub fn unknown(len: u64) -> MapExtent {
+        MapExtent {
+            zero: false,
+            data: true,
+            ..MapExtent::zeros(len)
+        }
+    }
+}
+
 /// What one queue (one thread) brings to its requests: preallocated in-flight slots.
 pub struct Lane {
     slots: Option<RefCell<SlotPool>>,
@@ -74,6 +122,38 @@ fn some_slots(engine: &Engine, depth: u32) -> Option<RefCell<SlotPool>> {
         .map(RefCell::new)
 }
 
+/// Where bytes of a node lie: one file, one offset. They stay there while this lives, so it is kept until the I/O that
+/// it was asked for is over.
+pub struct Resolved<'a> {
+    /// The file.
+    pub file: &'a File,
+    /// Byte offset there.
+    pub offset: u64,
+    /// What keeps a format from moving the bytes; nothing where they cannot move.
+    _guard: Option<zbdkit_qcow2::Resolved<'a>>,
+}
+
+impl<'a> Resolved<'a> {
+    /// A place in a file that is always there.
+    pub fn fixed(file: &'a File, offset: u64) -> Resolved<'a> {
+        Resolved {
+            file,
+            offset,
+            _guard: None,
+        }
+    }
+}
+
+impl<'a> From<zbdkit_qcow2::Resolved<'a>> for Resolved<'a> {
+    fn from(place: zbdkit_qcow2::Resolved<'a>) -> Resolved<'a> {
+        Resolved {
+            file: place.file,
+            offset: place.offset,
+            _guard: Some(place),
+        }
+    }
+}
+
 /// A node of the block graph.
 ///
 /// Contract: offsets and lengths are bytes. The handle at the root ([`crate::Device`]) has checked them against
@@ -87,9 +167,14 @@ pub trait Node: Send + Sync {
     /// The driver's name, as in `driver=`.
     fn driver(&self) -> &'static str;
 
-    /// Where the bytes lie, if the node is but an offset into one file there: the requests of the hot path then
-    /// go straight to the file. `None` sends them through the methods below.
-    fn resolve(&self, _offset: u64, _len: u64) -> Option<(&File, u64)> {
+    /// Where the bytes lie, if that is known at once, is one run of one file, and nothing but that I/O is to be done:
+    /// the requests of the hot path then go straight to the file. `None` sends them through the methods below.
+    fn resolve(&self, _offset: u64, _len: u64, _access: Access) -> Option<Resolved<'_>> {
+        None
+    }
+
+    /// The file that all bytes of this node lie in, one behind the other.
+    fn file(&self) -> Option<&File> {
         None
     }
 
@@ -107,6 +192,20 @@ pub trait Node: Send + Sync {
 
     /// The range's contents are not needed any more: they may read as zeros or as before.
     fn discard<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64) -> Request<'a, ()>;
+
+    /// What the first bytes of a range that is not empty consist of; the extent is at most `len` long.
+    fn map<'a>(&'a self, _offset: u64, len: u64) -> Request<'a, MapExtent> {
+        Box::pin(async move { Ok(MapExtent::unknown(len)) })
+    }
+
+    /// A sequential zone was reset: nothing below its start counts any more, and nobody reads the range before it is
+    /// written again. Gives its space back.
+    fn release<'a>(&'a self, range: Range<u64>) -> Request<'a, ()> {
+        Box::pin(async move {
+            let lane = Lane::new(None, 0);
+            self.discard(&lane, range.start, range.end - range.start).await
+        })
+    }
 
     /// Appends `buf` to the zone that starts at `zone_start`; the answer is the byte offset it got.
     fn append<'a>(&'a self, _lane: &'a Lane, _buf: IoBuf, _zone_start: u64) -> Request<'a, u64> {

@@ -1,6 +1,6 @@
 //! The format `raw`: the child's bytes as they are, or a window of them.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use zbdkit_io::{File, IoBuf};
@@ -8,7 +8,7 @@ use zbdkit_zone::{Filter, ZoneInfo};
 
 use crate::error::OpenError;
 use crate::limits::Limits;
-use crate::node::{CrossZone, Lane, Node, Request, ZoneOp};
+use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved, ZoneOp};
 
 /// `raw` over a child.
 pub struct RawNode {
@@ -64,8 +64,12 @@ impl Node for RawNode {
         "raw"
     }
 
-    fn resolve(&self, offset: u64, len: u64) -> Option<(&File, u64)> {
-        self.child.resolve(self.offset + offset, len)
+    fn resolve(&self, offset: u64, len: u64, access: Access) -> Option<Resolved<'_>> {
+        self.child.resolve(self.offset + offset, len, access)
+    }
+
+    fn file(&self) -> Option<&File> {
+        self.child.file()
     }
 
     fn read<'a>(&'a self, lane: &'a Lane, buf: IoBuf, offset: u64, cross: CrossZone) -> Request<'a, ()> {
@@ -86,6 +90,15 @@ impl Node for RawNode {
 
     fn discard<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64) -> Request<'a, ()> {
         self.child.discard(lane, self.offset + offset, len)
+    }
+
+    fn map<'a>(&'a self, offset: u64, len: u64) -> Request<'a, MapExtent> {
+        self.child.map(self.offset + offset, len)
+    }
+
+    fn release<'a>(&'a self, range: Range<u64>) -> Request<'a, ()> {
+        self.child
+            .release(self.offset + range.start..self.offset + range.end)
     }
 
     // A window has no zones (see `new`), so below a zoned child's offsets are ours.

@@ -153,7 +153,7 @@ impl Opener<'_> {
             [b'Q', b'F', b'I', 0xfb, ..] => {
                 "is a qcow2 image, which this version does not open yet".to_owned()
             }
-            _ if self.host.image_id(node.file()).is_some() => format!(
+            _ if node.file().is_some_and(|file| self.host.image_id(file).is_some()) => format!(
                 "its zone table {} is missing: the image's zones cannot be known without it; bring it back, or name it \
                  with driver=zoned,file.filename={},sidecar=FILE",
                 sidecar.display(),
@@ -174,7 +174,8 @@ impl Opener<'_> {
     async fn magic(&self, node: &FileNode) -> [u8; 8] {
         let buf = IoBuf::alloc(sidecar::BLOCK);
         let mut magic = [0; 8];
-        if node.file().read(buf.clone(), 0).await.is_ok() {
+        let Some(file) = node.file() else { return magic };
+        if file.read(buf.clone(), 0).await.is_ok() {
             buf.slice(0..8).copy_to(&mut magic);
         }
         magic
@@ -327,7 +328,9 @@ impl Opener<'_> {
             .host
             .open(path, &options)
             .map_err(|e| host_error(path, "cannot be opened", e))?;
-        FileNode::new(file, read_only).map_err(|e| OpenError::file(path, "cannot be looked at", e))
+        let node =
+            FileNode::new(file, read_only).map_err(|e| OpenError::file(path, "cannot be looked at", e))?;
+        Ok(node.named(path))
     }
 }
 

@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex};
 
 use zbdkit_zone::{Engine, ZoneNo, ZoneRecord};
 
+use super::mirror::Mirror;
+use super::open::Holder;
 use super::rounds::Rounds;
 use super::table::{Table, TableError};
 use super::waiters::{Waiters, lock};
@@ -28,17 +30,29 @@ pub struct Work {
 pub struct Committer {
     rounds: Rounds<Work>,
     /// Taken by the leader of the running round.
-    table: Mutex<Option<Table>>,
+    tables: Mutex<Option<Tables>>,
     /// The first failed write-back, final for the epoch; 0 while there was none.
     failed: AtomicI32,
 }
 
+/// What the rounds write to.
+struct Tables {
+    table: Table,
+    /// What follows it, where the table lies inside an image.
+    mirror: Option<Mirror>,
+    holder: Option<Arc<dyn Holder>>,
+}
+
 impl Committer {
     /// A committer to the table of a new epoch.
-    pub fn new(table: Table) -> Committer {
+    pub fn new(table: Table, mirror: Option<Mirror>, holder: Option<Arc<dyn Holder>>) -> Committer {
         Committer {
             rounds: Rounds::new(),
-            table: Mutex::new(Some(table)),
+            tables: Mutex::new(Some(Tables {
+                table,
+                mirror,
+                holder,
+            })),
             failed: AtomicI32::new(0),
         }
     }
@@ -86,14 +100,14 @@ impl Committer {
             work.flush |= flush;
         };
         let joined = self.rounds.join(add, async {}, async |work: Work| {
-            let table = lock(&self.table).take();
-            let Some(mut table) = table else { return };
+            let tables = lock(&self.tables).take();
+            let Some(mut tables) = tables else { return };
             if self.failed.load(Ordering::Acquire) == 0
-                && let Err(errno) = run(work, &mut table, at).await
+                && let Err(errno) = run(work, &mut tables, at).await
             {
                 self.fail(errno, at.waiters);
             }
-            *lock(&self.table) = Some(table);
+            *lock(&self.tables) = Some(tables);
         });
         if joined.await.is_err() {
             self.fail(rustix::io::Errno::CANCELED.raw_os_error(), at.waiters);
@@ -104,30 +118,18 @@ impl Committer {
     /// Ends the epoch cleanly: everything durable, then the mark cleared, then the run state removed.
     pub async fn close(&self, at: &Image<'_>) -> Result<(), Error> {
         self.flush(&[], at).await?;
-        let table = lock(&self.table).take();
+        let tables = lock(&self.tables).take();
         // Whatever still comes would find no table to be recorded in, and must not seem to have been.
         let over = rustix::io::Errno::CANCELED.raw_os_error();
         let _ = self
             .failed
             .compare_exchange(0, over, Ordering::AcqRel, Ordering::Acquire);
-        let Some(mut table) = table else {
+        let Some(tables) = tables else {
             return Err(Error::Epoch {
                 errno: libc::ECANCELED,
             });
         };
-        let sum = table.generation_sum();
-        let written = table
-            .update_header(|header| {
-                header.open = 0;
-                header.lost_epoch = 0.into();
-                header.place_len = 0.into();
-                header.generation_sum = sum.into();
-            })
-            .await;
-        let closed = match written {
-            Ok(()) => table.sync().await,
-            Err(error) => Err(error),
-        };
+        let closed = end(tables).await;
         closed.map_err(|error| Error::Io {
             op: "closing the zone table",
             errno: table_errno(&error),
@@ -149,7 +151,26 @@ pub struct Image<'a> {
     pub waiters: &'a Waiters,
 }
 
-async fn run(work: Work, table: &mut Table, at: &Image<'_>) -> Result<(), i32> {
+/// Clears the epoch's mark. All records are durable.
+async fn end(tables: Tables) -> Result<(), TableError> {
+    let Tables { mut table, mirror, .. } = tables;
+    if mirror.is_some() {
+        // Its last words are not durable yet, and who finds the image closed may read nothing else.
+        table.sync().await?;
+    }
+    let sum = table.generation_sum();
+    table
+        .update_header(|header| {
+            header.open = 0;
+            header.lost_epoch = 0.into();
+            header.place_len = 0.into();
+            header.generation_sum = sum.into();
+        })
+        .await?;
+    table.sync().await
+}
+
+async fn run(work: Work, tables: &mut Tables, at: &Image<'_>) -> Result<(), i32> {
     let mut changes = BTreeMap::new();
     if work.flush {
         at.engine.take_dirty(&mut |zone, record| {
@@ -168,8 +189,25 @@ async fn run(work: Work, table: &mut Table, at: &Image<'_>) -> Result<(), i32> {
     if changes.is_empty() {
         return Ok(());
     }
-    table.write(&changes).await.map_err(|error| table_errno(&error))?;
-    table.sync().await.map_err(|error| table_errno(&error))
+    if let Some(holder) = &tables.holder
+        && changes.values().any(|record| record.read_only || record.offline)
+    {
+        holder.mark().await.map_err(|error| error.errno())?;
+    }
+    write(tables, &changes).await.map_err(|error| table_errno(&error))
+}
+
+async fn write(tables: &mut Tables, changes: &BTreeMap<u32, ZoneRecord>) -> Result<(), TableError> {
+    if let Some(mirror) = &mut tables.mirror {
+        mirror.lower(changes).await?;
+    }
+    tables.table.write(changes).await?;
+    tables.table.sync().await?;
+    if let Some(mirror) = &mut tables.mirror {
+        // Durable with the next sync: until then it is behind, which the table makes good.
+        mirror.raise(changes).await?;
+    }
+    Ok(())
 }
 
 fn table_errno(error: &TableError) -> i32 {

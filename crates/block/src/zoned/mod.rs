@@ -5,9 +5,14 @@
 //! What a request does here: it is admitted (or waits while its zone is reset), its data goes to the child, the
 //! engine learns what became of it, the run state holds the new written end, and then it is acknowledged.
 
+mod below;
 mod commit;
+mod epoch;
 mod gaps;
+mod make;
+mod mirror;
 mod open;
+mod place;
 mod rounds;
 mod run_state;
 mod table;
@@ -26,16 +31,20 @@ use zbdkit_zone::{
 
 use crate::error::Error;
 use crate::limits::Limits;
-use crate::node::{CrossZone, Lane, Node, Request, ZoneOp};
+use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, ZoneOp};
 use commit::{Committer, Image};
 use gaps::Gaps;
-pub(crate) use open::host_error;
-pub use open::{ImageStatus, RunStateMode, ZonedOptions, create_sidecar, default_sidecar};
+pub use make::create_sidecar;
+pub use open::{ImageStatus, RunStateMode, ZonedOptions};
+pub use place::default_sidecar;
+pub(crate) use place::host_error;
 use waiters::Waiters;
 
 /// Zones over a conventional child.
 pub struct ZonedNode {
     child: Arc<dyn Node>,
+    /// What the user knows the image as.
+    driver: &'static str,
     limits: Limits,
     engine: Engine,
     waiters: Waiters,
@@ -125,8 +134,12 @@ impl ZonedNode {
     }
 
     async fn read_child(&self, lane: &Lane, buf: IoBuf, offset: u64) -> Result<(), Error> {
-        match self.child.resolve(offset, buf.len() as u64) {
-            Some((file, at)) => file.read(buf, at).await.map_err(|e| Error::io("read", &e)),
+        match self.child.resolve(offset, buf.len() as u64, Access::Read) {
+            Some(at) => at
+                .file
+                .read(buf, at.offset)
+                .await
+                .map_err(|e| Error::io("read", &e)),
             None => self.child.read(lane, buf, offset, CrossZone::Allow).await,
         }
     }
@@ -248,8 +261,12 @@ impl ZonedNode {
                     .write_zeroes(lane, permit.offset(), permit.len(), unmap)
                     .await
             }
-            Data::Buf(buf) => match self.child.resolve(permit.offset(), permit.len()) {
-                Some((file, at)) => file.write(buf, at).await.map_err(|e| Error::io("write", &e)),
+            Data::Buf(buf) => match self.child.resolve(permit.offset(), permit.len(), Access::Write) {
+                Some(at) => at
+                    .file
+                    .write(buf, at.offset)
+                    .await
+                    .map_err(|e| Error::io("write", &e)),
                 None => self.child.write(lane, buf, permit.offset()).await,
             },
         }
@@ -437,10 +454,11 @@ impl ZonedNode {
             while let Some(next) = zones.next_if(|next| next.0 == last.0 + 1) {
                 last = next;
             }
-            let (start, len) = (geometry.start(first), geometry.end(last) - geometry.start(first));
+            let range = geometry.start(first)..geometry.end(last);
             if geometry.zone_type(first) == ZoneType::SequentialPreferred {
-                self.child.write_zeroes(&lane, start, len, true).await?;
-            } else if let Err(error) = self.child.discard(&lane, start, len).await {
+                let len = range.end - range.start;
+                self.child.write_zeroes(&lane, range.start, len, true).await?;
+            } else if let Err(error) = self.child.release(range).await {
                 tracing::warn!("the space of zone {first} could not be given back: {error}");
             }
         }
@@ -526,7 +544,7 @@ impl Node for ZonedNode {
     }
 
     fn driver(&self) -> &'static str {
-        "zoned"
+        self.driver
     }
 
     fn read<'a>(&'a self, lane: &'a Lane, buf: IoBuf, offset: u64, cross: CrossZone) -> Request<'a, ()> {
@@ -561,6 +579,10 @@ impl Node for ZonedNode {
             })?;
             self.write_data(lane, offset, whole, Data::Zeroes { unmap }).await
         })
+    }
+
+    fn map<'a>(&'a self, offset: u64, len: u64) -> Request<'a, MapExtent> {
+        Box::pin(self.map_zones(offset, len))
     }
 
     /// A hint, and one that sequential zones take only as a reset: space is given back where there is no write

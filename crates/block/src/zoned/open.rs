@@ -1,31 +1,32 @@
-//! Making a zone table, and opening an image that has one: checks, recovery, the new epoch.
+//! Opening an image that has a zone table: checks, and the recovery of what an epoch left that was not closed.
 
-use std::collections::BTreeMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use zbdkit_io::File;
-use zbdkit_spec::sidecar::{Header, MAGIC, OPEN, OPEN_SYNC, VERSION};
-use zbdkit_zone::{Engine, Geometry, GeometrySpec, Model, ZoneNo, ZoneRecord, ZoneType};
-use zerocopy::FromZeros;
+use zbdkit_spec::sidecar::{BLOCK, OPEN};
+use zbdkit_zone::{Engine, Geometry, ZoneNo, ZoneRecord};
 
 use super::commit::Committer;
 use super::gaps::Gaps;
-use super::run_state::{self, RunState, Stamp, Word, file_stamp};
-use super::table::{Loaded, Table, TableError};
+use super::make::{Records, spec_of};
+use super::mirror::Mirror;
+use super::place::{Place, host_error};
+use super::run_state::{self, RunState, Stamp, Word};
+use super::table::{Loaded, Table};
 use super::waiters::Waiters;
 use super::{Durability, ZonedNode};
-use crate::error::{Error, OpenError, errno_of};
+use crate::error::OpenError;
 use crate::host::{FileId, FileOptions, Host, HostError};
 use crate::lock::LockMode;
-use crate::node::{Lane, Node};
+use crate::node::{Node, Request};
 
 /// What outlives kill -9 besides what was flushed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum RunStateMode {
-    /// Every acknowledged write: the written ends are kept in a file beside the sidecar.
+    /// Every acknowledged write: the written ends are kept in a file beside the zone table.
     #[default]
     Beside,
     /// The same, with the file in this directory (a tmpfs is fastest).
@@ -36,7 +37,7 @@ pub enum RunStateMode {
     None,
 }
 
-/// How a zoned image is opened.
+/// How an image with a sidecar is opened.
 #[derive(Clone, Debug)]
 pub struct ZonedOptions {
     /// The sidecar.
@@ -53,12 +54,38 @@ pub struct ZonedOptions {
     pub lock_wait: Duration,
 }
 
+/// A table inside an image, found and read.
+pub(crate) struct Inside<'a> {
+    /// The image, whose locks protect the table too.
+    pub image: &'a Path,
+    /// The image's file, which identifies the table.
+    pub file: File,
+    /// The file that the data lies in.
+    pub data: File,
+    /// The table.
+    pub loaded: Loaded,
+    /// The bare table that follows it, where the image is opened for writing.
+    pub mirror: Option<Mirror>,
+    /// Who marks the image before it holds what bare tables cannot express.
+    pub holder: Option<Arc<dyn Holder>>,
+    /// What outlives kill -9.
+    pub run_state: &'a RunStateMode,
+    /// Open for reading only.
+    pub read_only: bool,
+}
+
+/// The image that a zone table lies inside.
+pub(crate) trait Holder: Send + Sync {
+    /// Marks the image as one whose zones other programs cannot understand, before it is: durable when this returns.
+    fn mark<'a>(&'a self) -> Request<'a, ()>;
+}
+
 /// What the zone table said of the image when it was opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageStatus {
     /// The image's identity.
     pub uuid: uuid::Uuid,
-    /// The sidecar.
+    /// The file that holds the zone table: the sidecar, or the image itself.
     pub sidecar: PathBuf,
     /// The last epoch before this opening, 0 where the image was never opened for writing.
     pub epoch: u64,
@@ -66,88 +93,27 @@ pub struct ImageStatus {
     pub clean: bool,
 }
 
-/// Where an image's sidecar is unless told otherwise: `IMAGE.zones`.
-pub fn default_sidecar(image: &Path) -> PathBuf {
-    with_suffix(image, ".zones")
-}
-
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
-/// Makes the sidecar of a new image whose zones are all empty, durable when this returns. The file must not exist, and
-/// does not where this fails.
-pub async fn create_sidecar(
-    host: &Arc<dyn Host>,
-    path: &Path,
-    geometry: &Geometry,
-    data: &File,
-) -> Result<uuid::Uuid, OpenError> {
-    let file = host
-        .open(path, &FileOptions::new_file())
-        .map_err(|e| host_error(path, "cannot be created", e))?;
-    let filled = fill_sidecar(host, path, file, geometry, data).await;
-    if filled.is_err() {
-        // Only here is it certain that the file is ours.
-        let _ = host.remove(path);
-    }
-    filled
-}
-
-async fn fill_sidecar(
-    host: &Arc<dyn Host>,
-    path: &Path,
-    file: File,
-    geometry: &Geometry,
-    data: &File,
-) -> Result<uuid::Uuid, OpenError> {
-    let failed = |doing| move |source| OpenError::file(path, doing, source);
-    let uuid = uuid::Uuid::new_v4();
-    let spec = geometry.spec();
-    let mut header = Box::new(Header::new_zeroed());
-    header.magic = MAGIC;
-    header.version = VERSION.into();
-    header.uuid = uuid.into_bytes();
-    header.model = match spec.model {
-        Model::HostManaged => 1,
-        Model::HostAware => 2,
-    };
-    header.block_size = spec.block_size.into();
-    header.size = spec.size.into();
-    header.zone_size = spec.zone_size.into();
-    header.zone_capacity = spec.zone_capacity.into();
-    header.max_append = spec.max_append.into();
-    header.nr_zones = geometry.nr_zones().into();
-    header.nr_conventional = spec.nr_conventional.into();
-    header.max_open = spec.max_open.into();
-    header.max_active = spec.max_active.into();
-    header.data_file = file_stamp(host.identity(data).map_err(failed("cannot be identified"))?);
-    let table = Table::create(file, header)
-        .await
-        .map_err(|e| table_error(path, e))?;
-    table.file().sync().await.map_err(failed("cannot be synced"))?;
-    host.sync_name(path)
-        .map_err(failed("its directory cannot be synced"))?;
-    // Where the file system has extended attributes, a sidecar cannot be mistaken for another image's.
-    host.set_image_id(data, uuid.into_bytes());
-    Ok(uuid)
-}
-
 impl ZonedNode {
     /// Zones over a child whose contents do not outlive the process.
     pub fn volatile(child: Arc<dyn Node>, geometry: Geometry) -> Result<ZonedNode, OpenError> {
         let engine =
             Engine::new(geometry, |_| ZoneRecord::default()).map_err(|e| OpenError::Graph(e.to_string()))?;
-        Ok(ZonedNode::assemble(
-            child,
-            engine,
-            Waiters::new(RunState::None),
-            Durability::Volatile,
-            false,
-            None,
-        ))
+        let waiters = Waiters::new(RunState::None);
+        Ok(ZonedNode::assemble(child, engine, waiters, Durability::Volatile, None))
+    }
+
+    /// Zones that nobody changes and that are known by other means than a durable table.
+    pub(crate) fn read_only(
+        child: Arc<dyn Node>,
+        geometry: Geometry,
+        records: &Records,
+        driver: &'static str,
+    ) -> Result<ZonedNode, OpenError> {
+        let engine = engine_of(geometry, records).map_err(|e| OpenError::Graph(e.to_string()))?;
+        let waiters = Waiters::new(RunState::None);
+        let mut node = ZonedNode::assemble(child, engine, waiters, Durability::ReadOnly, None);
+        node.driver = driver;
+        Ok(node)
     }
 
     /// Opens the zones that the sidecar keeps for `child`. Also returns what the user should be told.
@@ -156,7 +122,19 @@ impl ZonedNode {
         child: Arc<dyn Node>,
         options: &ZonedOptions,
     ) -> Result<(ZonedNode, Vec<String>), OpenError> {
-        Opening::start(host, child, options).await?.finish().await
+        Opening::beside(host, child, options).await?.finish().await
+    }
+
+    /// Opens the zones whose table lies inside the image that `child` is.
+    pub(crate) async fn open_inside(
+        host: &Arc<dyn Host>,
+        child: Arc<dyn Node>,
+        inside: Inside<'_>,
+    ) -> Result<(ZonedNode, Vec<String>), OpenError> {
+        let driver = child.driver();
+        let (mut node, notices) = Opening::inside(host, child, inside)?.finish().await?;
+        node.driver = driver;
+        Ok((node, notices))
     }
 
     fn assemble(
@@ -164,16 +142,16 @@ impl ZonedNode {
         engine: Engine,
         waiters: Waiters,
         durability: Durability,
-        read_only: bool,
         status: Option<ImageStatus>,
     ) -> ZonedNode {
         let mut limits = child.limits().clone();
         limits.size = engine.geometry().size();
         limits.block_size = engine.geometry().block_size();
-        limits.read_only |= read_only;
+        limits.read_only |= matches!(durability, Durability::ReadOnly);
         limits.zoned = Some(*engine.geometry());
         ZonedNode {
             child,
+            driver: "zoned",
             limits,
             engine,
             waiters,
@@ -184,122 +162,138 @@ impl ZonedNode {
     }
 }
 
+fn engine_of(geometry: Geometry, records: &Records) -> Result<Engine, zbdkit_zone::RecordError> {
+    Engine::new(geometry, |zone| {
+        records.get(&zone.0).copied().unwrap_or_default()
+    })
+}
+
 /// An opening that has read and checked the table.
-struct Opening<'a> {
-    host: &'a Arc<dyn Host>,
-    options: &'a ZonedOptions,
-    child: Arc<dyn Node>,
-    data: File,
-    data_id: FileId,
-    sidecar_id: FileId,
-    table: Table,
-    geometry: Geometry,
-    records: BTreeMap<u32, ZoneRecord>,
+pub(super) struct Opening<'a> {
+    pub(super) host: &'a Arc<dyn Host>,
+    pub(super) place: Place,
+    pub(super) run_state: &'a RunStateMode,
+    read_only: bool,
+    pub(super) child: Arc<dyn Node>,
+    pub(super) data_id: FileId,
+    pub(super) table_id: FileId,
+    pub(super) table: Table,
+    pub(super) mirror: Option<Mirror>,
+    holder: Option<Arc<dyn Holder>>,
+    pub(super) geometry: Geometry,
+    pub(super) records: Records,
     notices: Vec<String>,
     /// The last epoch that may have lost writes, since the last clean close.
-    lost: Option<u64>,
+    pub(super) lost: Option<u64>,
     /// The run state that was believed. It is ours, then, whatever the image says of its place.
-    recovered_from: Option<PathBuf>,
+    pub(super) recovered_from: Option<PathBuf>,
 }
 
 impl<'a> Opening<'a> {
-    async fn start(
+    async fn beside(
         host: &'a Arc<dyn Host>,
         child: Arc<dyn Node>,
         options: &'a ZonedOptions,
     ) -> Result<Opening<'a>, OpenError> {
-        let path = &options.sidecar;
-        let lock = match (options.force_share, options.read_only) {
-            (true, _) => LockMode::None,
-            (false, true) => LockMode::Read,
-            (false, false) => LockMode::Write,
-        };
-        let file_options = FileOptions {
-            direct: options.direct,
-            lock,
-            lock_wait: options.lock_wait,
-            ..FileOptions::existing(options.read_only)
-        };
-        let file = host.open(path, &file_options).map_err(|e| match e {
-            HostError::Io(e) if e.kind() == std::io::ErrorKind::NotFound => sidecar_error(
-                path,
-                "the zone table is missing: an image's zones cannot be known without it; \
-                 bring it back, or name it with sidecar=FILE",
-            ),
-            error => host_error(path, "cannot be opened", error),
-        })?;
-        if file
-            .direct_align()
-            .is_some_and(|align| align > zbdkit_spec::sidecar::BLOCK as u32)
-        {
-            return Err(sidecar_error(
-                path,
-                "the file system's direct I/O needs more than 4096 bytes of alignment",
-            ));
-        }
-        let (data, _) = child.resolve(0, 0).ok_or_else(|| {
+        let place = Place::Sidecar(options.sidecar.clone());
+        let file = open_sidecar(host, options, &place)?;
+        let data = child.file().ok_or_else(|| {
             OpenError::Graph("zoned: the node below must be a file or memory, or raw over one".into())
         })?;
-        let data = data.clone();
         let data_id = host
-            .identity(&data)
+            .identity(data)
             .map_err(|e| OpenError::file("data file", "cannot be identified", e))?;
-        let sidecar_id = host
+        let table_id = host
             .identity(&file)
-            .map_err(|e| OpenError::file(path, "cannot be identified", e))?;
+            .map_err(|e| OpenError::file(place.path(), "cannot be identified", e))?;
+        let len = file
+            .len()
+            .map_err(|e| OpenError::file(place.path(), "cannot be looked at", e))?;
         let Loaded {
             table,
             records,
             repaired,
-        } = Table::load(file).await.map_err(|e| table_error(path, e))?;
-        let notices = repaired
-            .into_iter()
-            .map(|what| format!("{}: {what}", path.display()))
-            .collect();
-        let geometry = Geometry::new(spec_of(table.header(), path)?)?;
+        } = Table::load(file, 0, len).await.map_err(|e| place.table_error(e))?;
         let opening = Opening {
             host,
-            options,
+            run_state: &options.run_state,
+            read_only: options.read_only,
             child,
-            data,
             data_id,
-            sidecar_id,
+            table_id,
+            geometry: geometry_of(&table, &place)?,
             table,
-            geometry,
+            mirror: None,
+            holder: None,
             records,
-            notices,
+            notices: notices_of(repaired, &place),
             lost: None,
             recovered_from: None,
+            place,
+        };
+        opening.check_data()?;
+        opening.check_identity()?;
+        Ok(opening)
+    }
+
+    fn inside(
+        host: &'a Arc<dyn Host>,
+        child: Arc<dyn Node>,
+        inside: Inside<'a>,
+    ) -> Result<Opening<'a>, OpenError> {
+        let place = Place::Inside(inside.image.to_owned());
+        let identity = |file: &File| {
+            host.identity(file)
+                .map_err(|e| OpenError::file(inside.image, "cannot be identified", e))
+        };
+        let Loaded {
+            table,
+            records,
+            repaired,
+        } = inside.loaded;
+        let opening = Opening {
+            host,
+            run_state: inside.run_state,
+            read_only: inside.read_only,
+            child,
+            data_id: identity(&inside.data)?,
+            table_id: identity(&inside.file)?,
+            geometry: geometry_of(&table, &place)?,
+            table,
+            mirror: inside.mirror,
+            holder: inside.holder,
+            records,
+            notices: notices_of(repaired, &place),
+            lost: None,
+            recovered_from: None,
+            place,
         };
         opening.check_data()?;
         Ok(opening)
     }
 
-    /// Is this the file that the table speaks of?
+    /// Is this what the table speaks of?
     fn check_data(&self) -> Result<(), OpenError> {
         let header = self.table.header();
         let (actual, expected) = (self.child.limits().size, header.size.get());
         if actual != expected {
-            let problem = if actual < expected {
-                format!(
+            let problem = match &self.place {
+                Place::Inside(_) => format!(
+                    "the image is a device of {actual} bytes, but its zone table describes {expected}: it was resized by \
+                     a program that does not know its zones; resize it back to {expected} with that program"
+                ),
+                Place::Sidecar(_) if actual < expected => format!(
                     "has {actual} bytes, but its zone table describes {expected}: the file was truncated; restore it"
-                )
-            } else {
-                format!(
+                ),
+                Place::Sidecar(_) => format!(
                     "has {actual} bytes, but its zone table describes {expected}: it was extended, or the table is \
                      another image's; set the file's size back to {expected}"
-                )
+                ),
             };
             return Err(OpenError::Data {
-                path: self.image_path(),
+                path: self.place.image(),
                 problem,
             });
-        }
-        if self.host.image_id(&self.data).is_some_and(|id| id != header.uuid) {
-            return Err(sidecar_error(
-                &self.options.sidecar,
-                "this zone table belongs to another image; name the right one with sidecar=FILE",
-            ));
         }
         let needed = self.child.limits().direct_align;
         if self.geometry.block_size() < needed {
@@ -312,45 +306,35 @@ impl<'a> Opening<'a> {
         Ok(())
     }
 
-    /// The image's name as the user knows it, as far as the sidecar's name tells.
-    fn image_path(&self) -> PathBuf {
-        let name = self.options.sidecar.to_string_lossy();
-        name.strip_suffix(".zones")
-            .map_or_else(|| "data file".into(), PathBuf::from)
+    /// Is the sidecar this image's?
+    fn check_identity(&self) -> Result<(), OpenError> {
+        let id = self.child.file().and_then(|data| self.host.image_id(data));
+        if id.is_some_and(|id| id != self.table.header().uuid) {
+            return Err(self
+                .place
+                .error("this zone table belongs to another image; name the right one with sidecar=FILE"));
+        }
+        Ok(())
     }
 
     async fn finish(mut self) -> Result<(ZonedNode, Vec<String>), OpenError> {
         let status = Some(self.status());
         let recovered = self.recover().await?;
-        let engine = Engine::new(self.geometry, |zone| {
-            self.records.get(&zone.0).copied().unwrap_or_default()
-        })
-        .map_err(|error| {
-            sidecar_error(
-                &self.options.sidecar,
-                &format!("the zone table is damaged: {error}"),
-            )
-        })?;
-        if self.options.read_only {
+        let engine = engine_of(self.geometry, &self.records)
+            .map_err(|error| self.place.error(&format!("the zone table is damaged: {error}")))?;
+        if self.read_only {
             let waiters = Waiters::new(RunState::None);
-            let node = ZonedNode::assemble(self.child, engine, waiters, Durability::ReadOnly, true, status);
+            let node = ZonedNode::assemble(self.child, engine, waiters, Durability::ReadOnly, status);
             return Ok((node, self.notices));
         }
         self.settle(recovered).await?;
         let run_state = self.begin_epoch().await?;
-        let sync_writes = self.options.run_state == RunStateMode::Sync;
+        let sync_writes = *self.run_state == RunStateMode::Sync;
         let durability = Durability::Table {
-            committer: Committer::new(self.table),
+            committer: Committer::new(self.table, self.mirror, self.holder),
             sync_writes,
         };
-        let node = ZonedNode::assemble(
-            self.child,
-            engine,
-            Waiters::new(run_state),
-            durability,
-            false,
-            status,
-        );
+        let node = ZonedNode::assemble(self.child, engine, Waiters::new(run_state), durability, status);
         Ok((node, self.notices))
     }
 
@@ -358,7 +342,7 @@ impl<'a> Opening<'a> {
         let header = self.table.header();
         ImageStatus {
             uuid: uuid::Uuid::from_bytes(header.uuid),
-            sidecar: self.options.sidecar.clone(),
+            sidecar: self.place.path().to_owned(),
             epoch: header.epoch.get(),
             clean: header.open == 0 && header.lost_epoch.get() == 0,
         }
@@ -391,7 +375,7 @@ impl<'a> Opening<'a> {
             self.lost = Some(epoch);
             return Ok(false);
         }
-        let place = self.directory().join(std::ffi::OsStr::from_bytes(place));
+        let place = self.place.directory().join(std::ffi::OsStr::from_bytes(place));
         let stamp = self.stamp(epoch)?;
         let mut found = Vec::new();
         let believed =
@@ -428,146 +412,7 @@ impl<'a> Opening<'a> {
         }
     }
 
-    /// Makes durable what this opening found, so that nothing older can come back: what a killed process left in
-    /// the page cache counts from now on.
-    async fn settle(&mut self, recovered: bool) -> Result<(), OpenError> {
-        let path = &self.options.sidecar;
-        self.child.flush().await?;
-        if self.table.header().open != 0 {
-            self.table.rewrite().await.map_err(|e| table_error(path, e))?;
-        }
-        self.table.sync().await.map_err(|e| table_error(path, e))?;
-        if recovered {
-            self.table
-                .write(&self.records)
-                .await
-                .map_err(|e| table_error(path, e))?;
-            self.table.sync().await.map_err(|e| table_error(path, e))?;
-        }
-        // Only now that no older pointer can come back, and before the next one is written over it.
-        if self.table.header().open != 0 {
-            self.zero_above_pointers().await?;
-            self.child.flush().await?;
-        }
-        Ok(())
-    }
-
-    /// In a sequential-preferred zone the pointer may pass a write in flight, and if that one fails, what was there
-    /// before shows. A crash leaves there what it lost, or what a reset had not yet freed: zeros must be there.
-    async fn zero_above_pointers(&self) -> Result<(), OpenError> {
-        let lane = Lane::new(None, 0);
-        for zone in self.geometry.zones() {
-            if self.geometry.zone_type(zone) != ZoneType::SequentialPreferred {
-                continue;
-            }
-            let written = self.records.get(&zone.0).map_or(0, |record| record.written);
-            let (start, end) = (self.geometry.start(zone) + written, self.geometry.end(zone));
-            if start < end {
-                self.child.write_zeroes(&lane, start, end - start, true).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Ends the last epoch in the image, makes the new one's run state, then records the new epoch in the image.
-    async fn begin_epoch(&mut self) -> Result<RunState, OpenError> {
-        let path = self.options.sidecar.clone();
-        let name = match &self.options.run_state {
-            RunStateMode::Beside => Some(PathBuf::from(self.run_state_name())),
-            RunStateMode::In(dir) => {
-                let dir = std::path::absolute(dir).map_err(|e| OpenError::file(dir, "is no directory", e))?;
-                Some(dir.join(self.run_state_name_among_others()))
-            }
-            RunStateMode::Sync | RunStateMode::None => None,
-        };
-        let bytes = name.as_ref().map_or(&b""[..], |name| name.as_os_str().as_bytes());
-        if bytes.len() > self.table.header().place.len() {
-            return Err(sidecar_error(
-                &path,
-                "the path of the run state is too long (more than 1024 bytes)",
-            ));
-        }
-        let epoch = self.table.header().epoch.get() + 1;
-        let data_file = file_stamp(self.data_id);
-        let lost_epoch = self.lost.unwrap_or(0);
-        // What the last epoch left is in the table by now. A kill before the header names the next one must not find
-        // an epoch open whose run state is gone already: that would look like a loss.
-        if self.table.header().open != 0 {
-            let sum = self.table.generation_sum();
-            self.update_header(|header| {
-                header.open = 0;
-                header.lost_epoch = lost_epoch.into();
-                header.generation_sum = sum.into();
-            })
-            .await?;
-        }
-        if let Some(old) = self.recovered_from.take()
-            && name
-                .as_ref()
-                .is_none_or(|name| self.directory().join(name) != old)
-        {
-            // Where the mode or the place was changed since, nobody else would; a failure leaves a file to spare.
-            let _ = self.host.remove(&old);
-        }
-        let run_state = match name {
-            None => RunState::None,
-            Some(ref name) => {
-                let place = self.directory().join(name);
-                let records = self.records.iter().map(|(zone, record)| (ZoneNo(*zone), record));
-                RunState::create(self.host, &place, &self.stamp(epoch)?, records)
-                    .await
-                    .map_err(|e| host_error(&place, "the run state cannot be created", e))?
-            }
-        };
-        let open = if self.options.run_state == RunStateMode::Sync {
-            OPEN_SYNC
-        } else {
-            OPEN
-        };
-        self.update_header(|header| {
-            header.epoch = epoch.into();
-            header.lost_epoch = lost_epoch.into();
-            header.open = open;
-            header.data_file = data_file;
-            header.place_len = (bytes.len() as u16).into();
-            header.place.fill(0);
-            header.place[..bytes.len()].copy_from_slice(bytes);
-        })
-        .await?;
-        // A copied image has no identity attached yet.
-        self.host.set_image_id(&self.data, self.table.header().uuid);
-        Ok(run_state)
-    }
-
-    /// Changes the header and syncs it.
-    async fn update_header(&mut self, change: impl FnOnce(&mut Header)) -> Result<(), OpenError> {
-        let failed = |error| table_error(&self.options.sidecar, error);
-        let written = self.table.update_header(change).await;
-        written.map_err(failed)?;
-        self.table.sync().await.map_err(failed)
-    }
-
-    fn run_state_name(&self) -> std::ffi::OsString {
-        let name = self.options.sidecar.file_name().unwrap_or_default();
-        with_suffix(Path::new(name), ".run").into_os_string()
-    }
-
-    /// In a directory for many images, some of which have the same name: none may replace or remove another's.
-    fn run_state_name_among_others(&self) -> PathBuf {
-        let name = Path::new(self.options.sidecar.file_name().unwrap_or_default());
-        let FileId { dev, ino, .. } = self.sidecar_id;
-        with_suffix(name, &format!(".{dev:x}-{ino:x}.run"))
-    }
-
-    fn directory(&self) -> PathBuf {
-        self.options
-            .sidecar
-            .parent()
-            .map(Path::to_path_buf)
-            .unwrap_or_default()
-    }
-
-    fn stamp(&self, epoch: u64) -> Result<Stamp, OpenError> {
+    pub(super) fn stamp(&self, epoch: u64) -> Result<Stamp, OpenError> {
         let boot_id = self
             .host
             .boot_id()
@@ -577,62 +422,46 @@ impl<'a> Opening<'a> {
             uuid: self.table.header().uuid,
             epoch,
             data_file: self.data_id,
-            sidecar: self.sidecar_id,
+            sidecar: self.table_id,
             nr_zones: self.geometry.nr_zones(),
         })
     }
 }
 
-fn spec_of(header: &Header, path: &Path) -> Result<GeometrySpec, OpenError> {
-    let model = match header.model {
-        1 => Model::HostManaged,
-        2 => Model::HostAware,
-        model => {
-            return Err(sidecar_error(
-                path,
-                &format!("zone model {model} is not known to this zbdkit"),
-            ));
-        }
+fn open_sidecar(host: &Arc<dyn Host>, options: &ZonedOptions, place: &Place) -> Result<File, OpenError> {
+    let lock = match (options.force_share, options.read_only) {
+        (true, _) => LockMode::None,
+        (false, true) => LockMode::Read,
+        (false, false) => LockMode::Write,
     };
-    Ok(GeometrySpec {
-        model,
-        size: header.size.get(),
-        zone_size: header.zone_size.get(),
-        zone_capacity: header.zone_capacity.get(),
-        nr_conventional: header.nr_conventional.get(),
-        block_size: header.block_size.get(),
-        max_open: header.max_open.get(),
-        max_active: header.max_active.get(),
-        max_append: header.max_append.get(),
-    })
-}
-
-fn sidecar_error(path: &Path, problem: &str) -> OpenError {
-    OpenError::Sidecar {
-        path: path.to_owned(),
-        problem: problem.to_owned(),
-    }
-}
-
-fn table_error(path: &Path, error: TableError) -> OpenError {
-    match error {
-        TableError::Io("syncing", source) => Error::Io {
-            op: "syncing the zone table",
-            errno: errno_of(&source),
+    let file_options = FileOptions {
+        direct: options.direct,
+        lock,
+        lock_wait: options.lock_wait,
+        ..FileOptions::existing(options.read_only)
+    };
+    let file = host.open(place.path(), &file_options).map_err(|e| match e {
+        HostError::Io(e) if e.kind() == std::io::ErrorKind::NotFound => place.error(
+            "the zone table is missing: an image's zones cannot be known without it; bring it back, or name it with \
+             sidecar=FILE",
+        ),
+        error => host_error(place.path(), "cannot be opened", error),
+    })?;
+    match file.direct_align() {
+        Some(align) if align > BLOCK as u32 => {
+            Err(place.error("the file system's direct I/O needs more than 4096 bytes of alignment"))
         }
-        .into(),
-        error => sidecar_error(path, &error.to_string()),
+        _ => Ok(file),
     }
 }
 
-/// The opening error of a file of the host.
-pub(crate) fn host_error(path: &Path, doing: &'static str, error: HostError) -> OpenError {
-    match error {
-        HostError::Io(source) => OpenError::file(path, doing, source),
-        HostError::Locked(conflict) => OpenError::Locked {
-            path: path.to_owned(),
-            lock: conflict.permission,
-            holder: conflict.holder,
-        },
-    }
+fn geometry_of(table: &Table, place: &Place) -> Result<Geometry, OpenError> {
+    let spec = spec_of(table.header())
+        .map_err(|model| place.error(&format!("zone model {model} is not known to this zbdkit")))?;
+    Ok(Geometry::new(spec)?)
+}
+
+fn notices_of(repaired: Vec<String>, place: &Place) -> Vec<String> {
+    let named = |what| format!("{}: {what}", place.path().display());
+    repaired.into_iter().map(named).collect()
 }

@@ -1,4 +1,5 @@
-//! The durable table: the sidecar's header and zone blocks, two checksummed copies each (layout: `spec::sidecar`).
+//! The durable table: header and zone blocks, two checksummed copies each (layout: `spec::sidecar`). It is a file of its
+//! own, the sidecar, or lies at some offset inside an image.
 //!
 //! A copy is overwritten only while the other one is durable: writes of a block alternate between its copies, and
 //! every batch of writes is followed by a sync before the next batch. So a torn write leaves the older copy.
@@ -21,7 +22,7 @@ pub enum TableError {
     #[error("{0} failed: {1}")]
     Io(&'static str, #[source] io::Error),
     /// The file is too short for what its header says, or for a header.
-    #[error("truncated: {actual} bytes, but the zone table takes {expected}; restore the file from a backup")]
+    #[error("truncated: {actual} bytes, but the zone table takes {expected}")]
     Truncated {
         /// Bytes there are.
         actual: u64,
@@ -29,22 +30,19 @@ pub enum TableError {
         expected: u64,
     },
     /// It does not begin like a sidecar.
-    #[error("not a zone table of zbdkit (no valid header); name the right sidecar with sidecar=FILE")]
+    #[error("not a zone table of zbdkit (no valid header)")]
     NotATable,
     /// Both header copies fail their checksum.
-    #[error("both copies of the header are damaged; restore the file from a backup")]
+    #[error("both copies of the header are damaged")]
     HeaderDamaged,
     /// A version that this program does not know.
     #[error("version {0} of the zone table is not known to this zbdkit; use a newer one")]
     Version(u32),
     /// Figures that no zbdkit wrote, whatever the checksum says.
-    #[error("the figures of the zone table's header contradict each other; restore the file from a backup")]
+    #[error("the figures of the zone table's header contradict each other")]
     Contradictory,
     /// Both copies of a block fail their checksum.
-    #[error(
-        "both copies of zone table block {index} (zones {first} to {last}) are damaged; \
-         restore the file from a backup"
-    )]
+    #[error("both copies of zone table block {index} (zones {first} to {last}) are damaged")]
     BlockDamaged {
         /// The block.
         index: u64,
@@ -54,16 +52,15 @@ pub enum TableError {
         last: u64,
     },
     /// A copy that was current at the last clean close is gone.
-    #[error(
-        "a damaged copy held the newest state of some zones of a cleanly closed image; \
-         restore the file from a backup"
-    )]
+    #[error("a damaged copy held the newest state of some zones of a cleanly closed image")]
     Outdated,
 }
 
 /// The opened table; its writer is whoever runs the current commit round.
 pub struct Table {
     file: File,
+    /// Where in the file it begins, bytes.
+    base: u64,
     header: Box<Header>,
     /// Generation of each block's current copy, 0 where none was written.
     generations: Vec<u64>,
@@ -81,9 +78,9 @@ pub struct Loaded {
     pub repaired: Vec<String>,
 }
 
-/// Bytes of a table that get their space when it is made, so that a full disk fails a guest's write, not the flush
+/// Bytes of a sidecar that get their space when it is made, so that a full disk fails a guest's write, not the flush
 /// of what was written before. The tables of huge devices (over 130,000 zones) stay sparse behind it.
-const RESERVED: u64 = 16 << 20;
+pub const RESERVED: u64 = 16 << 20;
 
 /// Generations and epochs count one by one, so none gets here; below it, adding one cannot overflow.
 const COUNTER_END: u64 = 1 << 62;
@@ -96,8 +93,8 @@ pub async fn reserve(file: &File, len: u64) -> io::Result<()> {
     }
 }
 
-/// The bytes of a sidecar for `nr_zones` zones.
-pub fn file_size(nr_zones: u32) -> u64 {
+/// The bytes of a table for `nr_zones` zones.
+pub fn table_size(nr_zones: u32) -> u64 {
     TABLE_OFFSET + 2 * BLOCK as u64 * blocks(nr_zones)
 }
 
@@ -110,40 +107,42 @@ fn copy_offset(index: u64, generation: u64) -> u64 {
 }
 
 impl Table {
-    /// Writes a new table of empty zones into the empty `file`, not synced yet.
-    pub async fn create(file: File, mut header: Box<Header>) -> Result<Table, TableError> {
-        let nr_zones = header.nr_zones.get();
-        let size = file_size(nr_zones);
-        file.set_len(size).map_err(|e| TableError::Io("resizing", e))?;
-        reserve(&file, size.min(RESERVED))
-            .await
-            .map_err(|e| TableError::Io("reserving space", e))?;
+    /// Writes a new table at `base` of a file, where [`table_size`] bytes are zeros. Not synced yet.
+    pub async fn create(
+        file: File,
+        base: u64,
+        mut header: Box<Header>,
+        records: &BTreeMap<u32, ZoneRecord>,
+    ) -> Result<Table, TableError> {
         header.generation = 0.into();
         let mut table = Table {
             file,
+            base,
+            generations: vec![0; blocks(header.nr_zones.get()) as usize],
             header,
-            generations: vec![0; blocks(nr_zones) as usize],
             torn: Vec::new(),
         };
+        table.write(records).await?;
+        table.header.generation_sum = table.generation_sum().into();
         // Both copies, so that neither is ever garbage.
         table.write_header().await?;
         table.write_header().await?;
         Ok(table)
     }
 
-    /// Reads and checks header and blocks.
-    pub async fn load(file: File) -> Result<Loaded, TableError> {
+    /// Reads and checks header and blocks of the table in the `actual` bytes at `base` of a file.
+    pub async fn load(file: File, base: u64, actual: u64) -> Result<Loaded, TableError> {
         let mut repaired = Vec::new();
-        let header = read_header(&file, &mut repaired).await?;
+        let header = read_header(&file, base, actual, &mut repaired).await?;
         let nr_zones = header.nr_zones.get();
-        let actual = file.len().map_err(|e| TableError::Io("finding the size", e))?;
-        let expected = file_size(nr_zones);
+        let expected = table_size(nr_zones);
         if actual < expected {
             return Err(TableError::Truncated { actual, expected });
         }
         let generations = vec![0; blocks(nr_zones) as usize];
         let mut table = Table {
             file,
+            base,
             header,
             generations,
             torn: Vec::new(),
@@ -197,7 +196,7 @@ impl Table {
             block.crc = 0.into();
             block.crc = crc32c::crc32c(block.as_bytes()).into();
             let offset = copy_offset(index.into(), generation);
-            write_block(&self.file, block.as_bytes(), offset).await?;
+            self.write_block(block.as_bytes(), offset).await?;
             self.generations[index as usize] = generation;
         }
         Ok(())
@@ -211,15 +210,16 @@ impl Table {
             let generation = self.generations[index as usize];
             if generation != 0 {
                 let block = self.current_block(index).await?;
-                write_block(&self.file, block.as_bytes(), copy_offset(index, generation)).await?;
+                self.write_block(block.as_bytes(), copy_offset(index, generation))
+                    .await?;
             }
         }
         // What is left of a first write must not be there any more when the epoch has ended: then it would be damage.
         for index in std::mem::take(&mut self.torn) {
-            write_block(&self.file, &[0; BLOCK], copy_offset(index, 1)).await?;
+            self.write_block(&[0; BLOCK], copy_offset(index, 1)).await?;
         }
         let offset = (self.header.generation.get() & 1) * BLOCK as u64;
-        write_block(&self.file, self.header.as_bytes(), offset).await
+        self.write_block(self.header.as_bytes(), offset).await
     }
 
     /// Makes what was written durable.
@@ -235,12 +235,12 @@ impl Table {
         self.header.generation = generation.into();
         self.header.crc = 0.into();
         self.header.crc = crc32c::crc32c(self.header.as_bytes()).into();
-        write_block(
-            &self.file,
-            self.header.as_bytes(),
-            (generation & 1) * BLOCK as u64,
-        )
-        .await
+        let offset = (generation & 1) * BLOCK as u64;
+        self.write_block(self.header.as_bytes(), offset).await
+    }
+
+    async fn write_block(&self, bytes: &[u8], offset: u64) -> Result<(), TableError> {
+        write_at(&self.file, bytes, self.base + offset).await
     }
 
     async fn current_block(&self, index: u64) -> Result<Box<TableBlock>, TableError> {
@@ -252,7 +252,7 @@ impl Table {
             block.uuid = self.header.uuid;
             return Ok(block);
         }
-        let bytes = read_at(&self.file, copy_offset(index, generation), BLOCK).await?;
+        let bytes = read_at(&self.file, self.base + copy_offset(index, generation), BLOCK).await?;
         let block = TableBlock::read_from_bytes(&bytes)
             .map(Box::new)
             .map_err(|_| TableError::NotATable)?;
@@ -273,7 +273,8 @@ impl Table {
         let mut index = 0;
         while index < count {
             let n = BATCH.min(count - index);
-            let bytes = read_at(&self.file, copy_offset(index, 0), 2 * BLOCK * n as usize).await?;
+            let offset = self.base + copy_offset(index, 0);
+            let bytes = read_at(&self.file, offset, 2 * BLOCK * n as usize).await?;
             for (i, pair) in bytes.chunks_exact(2 * BLOCK).enumerate() {
                 self.load_block(index + i as u64, pair, &mut records, repaired)?;
             }
@@ -344,15 +345,19 @@ impl Table {
     }
 }
 
-async fn read_header(file: &File, repaired: &mut Vec<String>) -> Result<Box<Header>, TableError> {
-    let actual = file.len().map_err(|e| TableError::Io("finding the size", e))?;
+async fn read_header(
+    file: &File,
+    base: u64,
+    actual: u64,
+    repaired: &mut Vec<String>,
+) -> Result<Box<Header>, TableError> {
     if actual < TABLE_OFFSET {
         return Err(TableError::Truncated {
             actual,
             expected: TABLE_OFFSET,
         });
     }
-    let bytes = read_at(file, 0, 2 * BLOCK).await?;
+    let bytes = read_at(file, base, 2 * BLOCK).await?;
     let copies = [&bytes[..BLOCK], &bytes[BLOCK..]].map(|bytes| Header::read_from_bytes(bytes).ok());
     if !copies.iter().flatten().any(|header| header.magic == MAGIC) {
         return Err(TableError::NotATable);
@@ -391,7 +396,7 @@ fn is_consistent(header: &Header) -> bool {
         && header.epoch.get() < COUNTER_END
 }
 
-async fn read_at(file: &File, offset: u64, len: usize) -> Result<Vec<u8>, TableError> {
+pub async fn read_at(file: &File, offset: u64, len: usize) -> Result<Vec<u8>, TableError> {
     let buf = IoBuf::alloc(len);
     file.read(buf.clone(), offset)
         .await
@@ -399,7 +404,7 @@ async fn read_at(file: &File, offset: u64, len: usize) -> Result<Vec<u8>, TableE
     Ok(buf.to_vec())
 }
 
-async fn write_block(file: &File, bytes: &[u8], offset: u64) -> Result<(), TableError> {
+pub async fn write_at(file: &File, bytes: &[u8], offset: u64) -> Result<(), TableError> {
     let buf = IoBuf::alloc(bytes.len());
     buf.copy_from(bytes);
     file.write(buf, offset)
