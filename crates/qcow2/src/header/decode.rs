@@ -231,7 +231,7 @@ fn check_numbers(header: &Header, len: Option<u64>) -> Result<(), Error> {
     let Some(len) = len else { return Ok(()) };
     for (range, what) in header.metadata_ranges() {
         // The rest of a last cluster that nobody wrote to may be missing.
-        if range.end > len.max(1).next_multiple_of(header.cluster_size()) {
+        if range.end.div_ceil(header.cluster_size()) > len.max(1).div_ceil(header.cluster_size()) {
             let offset = range.start;
             return Err(Error::Truncated { what, offset, len });
         }
