@@ -1,11 +1,26 @@
-//! An open image.
+//! An open image: where bytes of the device lie, reading, flushing, closing.
+//!
+//! Requests look places up in the cache ([`Qcow2::resolve`]) and go to the file without a lock. What changes the mapping
+//! is one task at a time, the holder of [`Meta`]; `write` has the ways that a request takes there.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use zbdkit_io::{File, IoBuf, LocalBoxFuture};
+use zbdkit_spec::qcow2::{
+    AUTOCLEAR_DATA_FILE_RAW, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, L1E_OFFSET_MASK, MAX_CLUSTER_OFFSET,
+};
 
+use crate::check::{Repair, check};
+use crate::compress;
 use crate::error::Error;
-use crate::header::Header;
+use crate::grace::{Grace, Pin};
+use crate::header::{Compression, Header};
+use crate::l2::{COPIED, Codec, Entries, Entry, Kind, L2Cache, SUBCLUSTERS};
+use crate::lock::{AsyncGuard, AsyncMutex, RangeLocks, lock};
+use crate::refcounts::Refcounts;
 
 /// What lies below an image.
 pub trait Backing: Send + Sync {
@@ -24,7 +39,7 @@ pub trait Backing: Send + Sync {
 pub struct Options {
     /// Nothing is changed.
     pub read_only: bool,
-    /// Bytes of mapping that are kept in memory, 0 for the default.
+    /// Bytes of mapping that are kept in memory, 0 for the default (all that the image needs, at most 64 MiB).
     pub l2_cache: u64,
     /// The external data file.
     pub data_file: Option<File>,
@@ -32,6 +47,10 @@ pub struct Options {
     pub backing: Option<Arc<dyn Backing>>,
     /// Incompatible features that the caller takes care of.
     pub known_incompatible: u64,
+    /// Autoclear features that the caller keeps true.
+    pub known_autoclear: u64,
+    /// Clusters that extensions name and the format does not know: bytes, and what they hold.
+    pub areas: Vec<(Range<u64>, &'static str)>,
 }
 
 /// What a resolved place is for.
@@ -49,6 +68,8 @@ pub struct Resolved<'a> {
     pub file: &'a File,
     /// Byte offset there.
     pub offset: u64,
+    /// Keeps the clusters.
+    pub pin: Pin<'a>,
 }
 
 /// What a range of the device is mapped to.
@@ -81,13 +102,711 @@ pub struct Extent {
 
 /// An open image, shared by all threads.
 pub struct Qcow2 {
-    #[expect(dead_code, reason = "written next")]
-    header: Header,
+    pub(crate) file: File,
+    pub(crate) data: Option<File>,
+    pub(crate) sectors: Sectors,
+    pub(crate) codec: Codec,
+    pub(crate) cluster_bits: u32,
+    /// Entries of an L2 table are 1 << this.
+    pub(crate) l2_bits: u32,
+    pub(crate) version: u32,
+    pub(crate) compression: Compression,
+    /// The data file is a raw image of its own, which must stay true.
+    pub(crate) data_raw: bool,
+    pub(crate) read_only: bool,
+    size: AtomicU64,
+    pub(crate) l1: RwLock<Vec<u64>>,
+    pub(crate) l2: L2Cache,
+    pub(crate) grace: Grace,
+    pub(crate) ranges: RangeLocks,
+    /// Clusters that hold metadata, which no data may be written to.
+    pub(crate) metadata: RwLock<HashSet<u64>>,
+    meta: AsyncMutex<Meta>,
+    /// The errno of the first failed write of metadata or sync; final. 0 while there was none.
+    failed: AtomicI32,
+    pub(crate) backing: Option<Arc<dyn Backing>>,
+    /// The compressed cluster that was read last.
+    inflated: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
 }
 
-impl Qcow2 {
-    /// Opens an image whose header was read.
-    pub async fn open(_file: File, _header: Header, _options: Options) -> Result<Qcow2, Error> {
-        Err(Error::NotQcow2)
+/// What only one task at a time changes.
+pub(crate) struct Meta {
+    pub(crate) header: Header,
+    /// `None` where the image is open read-only.
+    refcounts: Option<Refcounts>,
+    /// Counted, zero, durable, and not named by anything yet.
+    pub(crate) reserve: Vec<Range<u64>>,
+    /// Not named any more, but counted, and maybe still used.
+    pub(crate) pending: Vec<Range<u64>>,
+    /// Clusters to take at the next refill.
+    pub(crate) grow: u64,
+    /// Room for compressed clusters: from a byte offset to the end of its cluster.
+    pub(crate) packing: Range<u64>,
+}
+
+impl Meta {
+    /// The counts; only images that are open for writing have them.
+    pub(crate) fn refcounts(&mut self) -> Result<&mut Refcounts, Error> {
+        self.refcounts.as_mut().ok_or(Error::ReadOnly)
     }
+}
+
+/// Bytes of mapping that are kept unless told otherwise: those of 512 GiB with clusters of 64 KiB.
+const DEFAULT_L2_CACHE: u64 = 64 << 20;
+/// The first refill takes so many bytes of clusters.
+const FIRST_REFILL: u64 = 16 << 20;
+
+impl Qcow2 {
+    /// Opens an image whose header was read. An image that was left dirty is repaired first, if it may be written.
+    pub async fn open(file: File, mut header: Header, options: Options) -> Result<Qcow2, Error> {
+        header.check_features(options.known_incompatible)?;
+        if header.external_data() != options.data_file.is_some() {
+            return Err(Error::Refused(if header.external_data() {
+                "the image keeps its data in a file of its own, which was not opened: name it with data-file"
+                    .into()
+            } else {
+                "a data file was given, but the image keeps its data itself".into()
+            }));
+        }
+        if !options.read_only {
+            header = prepare(&file, header, &options).await?;
+        }
+        let codec = Codec {
+            extended: header.extended_l2(),
+            external: header.external_data(),
+        };
+        let l2_bits = header.cluster_bits - 3 - u32::from(codec.extended);
+        let l1_needed = header.size.div_ceil(1u64 << (header.cluster_bits + l2_bits));
+        if u64::from(header.l1_size) < l1_needed {
+            return Err(Error::Invalid("L1 table is too small".into()));
+        }
+        let direct = file.direct_align().unwrap_or(1).max(1);
+        if u64::from(direct) > header.cluster_size() {
+            return Err(Error::Unsupported(format!(
+                "cache.direct=on needs clusters of at least {direct} bytes here, but the image's have {}",
+                header.cluster_size()
+            )));
+        }
+        let sectors = Sectors {
+            align: u64::from(direct.max(512)),
+        };
+        let l1_bytes = read_at(&file, header.l1_offset, 8 * header.l1_size as usize).await?;
+        let refcounts = match options.read_only {
+            true => None,
+            false => Some(Refcounts::load(file.clone(), &header, sectors).await?),
+        };
+        let entry_bytes = 8 * codec.words() as u64;
+        let all = header.size.div_ceil(header.cluster_size()) * entry_bytes;
+        let cache = match options.l2_cache {
+            0 => all.min(DEFAULT_L2_CACHE),
+            bytes => bytes,
+        };
+        let image = Qcow2 {
+            sectors,
+            codec,
+            cluster_bits: header.cluster_bits,
+            l2_bits,
+            version: header.version,
+            compression: header.compression,
+            data_raw: header.data_raw(),
+            read_only: options.read_only,
+            size: AtomicU64::new(header.size),
+            l1: RwLock::new(words(&l1_bytes).collect()),
+            l2: L2Cache::new(codec, l2_bits, cache, sectors.align),
+            grace: Grace::default(),
+            ranges: RangeLocks::default(),
+            metadata: RwLock::default(),
+            failed: AtomicI32::new(0),
+            data: options.data_file,
+            backing: options.backing,
+            inflated: Mutex::new(None),
+            meta: AsyncMutex::new(Meta {
+                reserve: Vec::new(),
+                pending: Vec::new(),
+                grow: (FIRST_REFILL >> header.cluster_bits).clamp(1, MAX_REFILL),
+                packing: 0..0,
+                refcounts,
+                header,
+            }),
+            file,
+        };
+        if !image.read_only {
+            image.find_metadata(&options.areas).await?;
+        }
+        Ok(image)
+    }
+
+    /// Notes every cluster that holds metadata.
+    async fn find_metadata(&self, areas: &[(Range<u64>, &'static str)]) -> Result<(), Error> {
+        let snapshots = self.snapshots().await?;
+        let mut meta = self.lock().await;
+        let (header, cluster) = (meta.header.clone(), self.cluster_size());
+        let mut found = HashSet::new();
+        let mut add = |offset: u64, bytes: u64| {
+            let first = offset >> self.cluster_bits;
+            found.extend(first..(offset.saturating_add(bytes)).div_ceil(cluster).max(first));
+        };
+        add(0, cluster);
+        add(header.l1_offset, 8 * u64::from(header.l1_size));
+        self.with_l1(|l1| {
+            for entry in l1.iter().filter(|entry| *entry & L1E_OFFSET_MASK != 0) {
+                add(entry & L1E_OFFSET_MASK, cluster);
+            }
+        });
+        let refcounts = meta.refcounts()?;
+        let table = refcounts.table();
+        add(
+            table.start << self.cluster_bits,
+            (table.end - table.start) << self.cluster_bits,
+        );
+        refcounts.blocks().for_each(|offset| add(offset, cluster));
+        for snapshot in snapshots {
+            add(snapshot.l1_offset, 8 * u64::from(snapshot.l1_size));
+        }
+        if header.nb_snapshots != 0 {
+            // Its end is known to `snapshots`; its beginning is enough to keep everything else off it.
+            add(header.snapshots_offset, 1);
+        }
+        for (range, _) in areas {
+            add(range.start, range.end - range.start);
+        }
+        *self.metadata.write().unwrap_or_else(PoisonError::into_inner) = found;
+        Ok(())
+    }
+
+    /// Size of the device, bytes.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Relaxed);
+    }
+
+    /// Bytes of a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// The header as it is now.
+    pub async fn header(&self) -> Header {
+        self.lock().await.header.clone()
+    }
+
+    /// The file that holds the image.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The file that holds the data: the image's own, or the external one.
+    pub fn data_file(&self) -> &File {
+        self.data.as_ref().unwrap_or(&self.file)
+    }
+
+    /// Whether it is open for reading only.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Takes the right to change metadata. Never with a pin in hand.
+    pub(crate) async fn lock(&self) -> AsyncGuard<'_, Meta> {
+        self.meta.lock().await
+    }
+
+    pub(crate) fn with_l1<T>(&self, look: impl FnOnce(&mut Vec<u64>) -> T) -> T {
+        look(&mut self.l1.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The L1 entry for a cluster of the device.
+    pub(crate) fn l1_entry(&self, cluster: u64) -> u64 {
+        let l1 = self.l1.read().unwrap_or_else(PoisonError::into_inner);
+        l1.get((cluster >> self.l2_bits) as usize).copied().unwrap_or(0)
+    }
+
+    /// Fails where an earlier failure was final.
+    pub(crate) fn check_failed(&self) -> Result<(), Error> {
+        match self.failed.load(Ordering::Acquire) {
+            0 => Ok(()),
+            errno => Err(Error::Failed { errno }),
+        }
+    }
+
+    /// Notes a failure whose outcome in the file is not known. A full disk is none: nothing was changed then.
+    pub(crate) fn note<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        if let Err(Error::Io { errno, .. }) = &result
+            && !matches!(*errno, libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::ENOMEM)
+            && self
+                .failed
+                .compare_exchange(0, *errno, Ordering::AcqRel, Ordering::Acquire)
+                .is_ok()
+        {
+            tracing::error!(
+                "writing metadata failed ({}): the image takes no changes until it is reopened",
+                std::io::Error::from_raw_os_error(*errno)
+            );
+        }
+        result
+    }
+
+    /// Where a range lies, as far as that is known without I/O and is one run of ordinary clusters; to be written, they
+    /// must be this image's alone.
+    pub fn resolve(&self, offset: u64, len: u64, access: Access) -> Option<Resolved<'_>> {
+        if access == Access::Write && (self.read_only || self.failed.load(Ordering::Acquire) != 0) {
+            return None;
+        }
+        // Before the look: whoever frees the clusters after it waits for us.
+        let pin = self.grace.pin();
+        let (key, index) = self.l2.locate(offset >> self.cluster_bits);
+        let view = self.l2.get(key)?;
+        let run = self.run_in(view.entries(), index, offset, len)?;
+        let usable =
+            run.kind == Kind::Data && run.len >= len && (access == Access::Read || run.entry.is_copied());
+        drop(view);
+        if !usable || (access == Access::Write && self.overlap(run.offset, len).is_some()) {
+            return None;
+        }
+        Some(Resolved {
+            file: self.data_file(),
+            offset: run.offset,
+            pin,
+        })
+    }
+
+    /// The metadata cluster that a range of the image's file touches.
+    pub(crate) fn overlap(&self, offset: u64, len: u64) -> Option<u64> {
+        if self.data.is_some() {
+            return None;
+        }
+        let metadata = self.metadata.read().unwrap_or_else(PoisonError::into_inner);
+        let mut clusters = offset >> self.cluster_bits..=(offset + len.max(1) - 1) >> self.cluster_bits;
+        clusters.find(|cluster| metadata.contains(cluster))
+    }
+
+    /// The run of clusters that are mapped alike from `offset` on, within a slice. `None` for an empty range.
+    pub(crate) fn run_in(&self, entries: Entries<'_>, index: usize, offset: u64, len: u64) -> Option<Run> {
+        let unit_bits = self.unit_bits();
+        let cluster_mask = self.cluster_size() - 1;
+        let entry = entries.get(index);
+        let subcluster = |at: u64| (at & cluster_mask) >> unit_bits;
+        let kind = self.codec.kind(entry, subcluster(offset));
+        let host = entry.offset().wrapping_add(offset & cluster_mask);
+        let end = offset.checked_add(len)?;
+        let mut at = (offset >> unit_bits << unit_bits) + (1 << unit_bits);
+        while at < end {
+            let next = index + ((at >> self.cluster_bits) - (offset >> self.cluster_bits)) as usize;
+            if next >= entries.len() {
+                break;
+            }
+            let other = entries.get(next);
+            let same_place = match kind {
+                Kind::Data => {
+                    other.is_copied() == entry.is_copied()
+                        && other.offset().wrapping_add(at & cluster_mask) == host.wrapping_add(at - offset)
+                }
+                Kind::Compressed => next == index,
+                _ => true,
+            };
+            if self.codec.kind(other, subcluster(at)) != kind || !same_place {
+                break;
+            }
+            at += 1 << unit_bits;
+        }
+        Some(Run {
+            len: at.min(end) - offset,
+            kind,
+            entry,
+            offset: host,
+        })
+    }
+
+    fn unit_bits(&self) -> u32 {
+        if self.codec.extended {
+            self.cluster_bits - SUBCLUSTERS.ilog2()
+        } else {
+            self.cluster_bits
+        }
+    }
+
+    /// As [`Qcow2::run_in`], reading the table if it must be.
+    pub(crate) async fn run(&self, offset: u64, len: u64) -> Result<Run, Error> {
+        let cluster = offset >> self.cluster_bits;
+        let (key, index) = self.l2.locate(cluster);
+        loop {
+            if let Some(view) = self.l2.get(key)
+                && let Some(run) = self.run_in(view.entries(), index, offset, len)
+            {
+                let run_checked = self.check_run(run, offset);
+                return run_checked;
+            }
+            if !self.load(cluster).await? {
+                // No table: as far as it would reach.
+                let table = 1u64 << (self.cluster_bits + self.l2_bits);
+                return Ok(Run {
+                    len: len.min(table - offset % table),
+                    kind: Kind::Unallocated,
+                    entry: Entry::default(),
+                    offset: 0,
+                });
+            }
+        }
+    }
+
+    /// That the file can hold what the entry names.
+    fn check_run(&self, run: Run, at: u64) -> Result<Run, Error> {
+        let broken = match run.kind {
+            Kind::Data => run.entry.offset() & (self.cluster_size() - 1) != 0,
+            Kind::Invalid => true,
+            _ => false,
+        };
+        if broken {
+            return Err(Error::Corrupt(format!(
+                "the mapping at {at:#x} of the device is {:#x}, which is no cluster",
+                run.entry.word
+            )));
+        }
+        Ok(run)
+    }
+
+    /// Brings a cluster's slice into the cache; `false` where there is no table for it.
+    async fn load(&self, cluster: u64) -> Result<bool, Error> {
+        let (key, _) = self.l2.locate(cluster);
+        let version = self.l2.version(key);
+        let Some(table) = self.table_of(cluster)? else {
+            return Ok(false);
+        };
+        let words = self.read_slice(table, key).await?;
+        // Where it changed meanwhile, the caller tries again.
+        self.l2.insert(key, words, version);
+        Ok(true)
+    }
+
+    /// Where the L2 table for a cluster lies.
+    pub(crate) fn table_of(&self, cluster: u64) -> Result<Option<u64>, Error> {
+        let entry = self.l1_entry(cluster);
+        let offset = entry & L1E_OFFSET_MASK;
+        if offset & (self.cluster_size() - 1) != 0 {
+            return Err(Error::Corrupt(format!(
+                "L1 entry {} is {entry:#x}, which is no cluster",
+                cluster >> self.l2_bits
+            )));
+        }
+        Ok((offset != 0).then_some(offset))
+    }
+
+    /// The words of a slice as the file has them.
+    pub(crate) async fn read_slice(&self, table: u64, key: u64) -> Result<Box<[u64]>, Error> {
+        let slices = (1u64 << self.l2_bits) / self.l2.entries();
+        let offset = table + (key % slices) * self.l2.slice_bytes();
+        let bytes = read_at(&self.file, offset, self.l2.slice_bytes() as usize).await?;
+        Ok(words(&bytes).collect())
+    }
+
+    /// The first run of a range that is mapped alike.
+    pub async fn map(&self, offset: u64, len: u64) -> Result<Extent, Error> {
+        self.check(offset, len)?;
+        let mut run = self.run(offset, len).await?;
+        let mapping = match run.kind {
+            Kind::Data => Mapping::Data { offset: run.offset },
+            Kind::Zero => Mapping::Zero {
+                offset: self.codec.has_cluster(run.entry).then_some(run.offset),
+            },
+            Kind::Unallocated => Mapping::Unallocated,
+            Kind::Compressed | Kind::Invalid => Mapping::Compressed,
+        };
+        if matches!(mapping, Mapping::Zero { offset: Some(_) }) {
+            // Zeros need not lie in one piece.
+            run.len = run.len.min(self.cluster_size() - offset % self.cluster_size());
+        }
+        Ok(Extent {
+            len: run.len,
+            mapping,
+        })
+    }
+
+    /// Reads into all of `buf`.
+    pub async fn read(&self, buf: IoBuf, offset: u64) -> Result<(), Error> {
+        self.check(offset, buf.len() as u64)?;
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let pin = self.grace.pin();
+            let run = self.run(at, (buf.len() - done) as u64).await?;
+            let part = buf.slice(done..done + run.len as usize);
+            match run.kind {
+                Kind::Data => self
+                    .data_file()
+                    .read(part, run.offset)
+                    .await
+                    .map_err(|e| Error::io("read", &e))?,
+                Kind::Zero => part.fill(0..part.len(), 0),
+                Kind::Unallocated => {
+                    drop(pin);
+                    self.read_backing(part, at).await?;
+                }
+                Kind::Compressed | Kind::Invalid => {
+                    let cluster = self.inflate(run.entry).await?;
+                    let within = (at & (self.cluster_size() - 1)) as usize;
+                    part.copy_from(&cluster[within..within + part.len()]);
+                }
+            }
+            done += run.len as usize;
+        }
+        Ok(())
+    }
+
+    /// What lies below, zeros past its end.
+    async fn read_backing(&self, buf: IoBuf, offset: u64) -> Result<(), Error> {
+        let len = buf.len() as u64;
+        let below = self.backing.as_ref().map_or(0, |backing| backing.len());
+        let there = below.saturating_sub(offset).min(len) as usize;
+        if let Some(backing) = &self.backing
+            && there > 0
+        {
+            let read = backing.read(buf.slice(0..there), offset).await;
+            read.map_err(|errno| Error::Io {
+                op: "reading the backing image",
+                errno,
+            })?;
+        }
+        buf.fill(there..buf.len(), 0);
+        Ok(())
+    }
+
+    /// The contents of a compressed cluster.
+    async fn inflate(&self, entry: Entry) -> Result<Arc<Vec<u8>>, Error> {
+        if let Some((word, cluster)) = &*lock(&self.inflated)
+            && *word == entry.word
+        {
+            return Ok(cluster.clone());
+        }
+        let (offset, max) = compress::descriptor(entry.word, self.cluster_bits);
+        let bytes = read_at(&self.file, offset, max as usize).await?;
+        let mut cluster = vec![0; self.cluster_size() as usize];
+        compress::decompress(self.compression, &bytes, &mut cluster)?;
+        let cluster = Arc::new(cluster);
+        *lock(&self.inflated) = Some((entry.word, cluster.clone()));
+        Ok(cluster)
+    }
+
+    /// A compressed cluster's place may serve another one now.
+    pub(crate) fn forget_inflated(&self) {
+        *lock(&self.inflated) = None;
+    }
+
+    /// Makes what was completed before the call durable, and then frees what nothing maps any more.
+    pub async fn flush(&self) -> Result<(), Error> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.check_failed()?;
+        if let Some(data) = &self.data {
+            let synced = data.datasync().await.map_err(|e| Error::io("flush", &e));
+            self.note(synced)?;
+        }
+        let mut meta = self.lock().await;
+        if meta.pending.is_empty() {
+            drop(meta);
+            self.sync().await
+        } else {
+            self.reap(&mut meta).await
+        }
+    }
+
+    /// Syncs the image's file.
+    pub(crate) async fn sync(&self) -> Result<(), Error> {
+        let synced = self.file.datasync().await.map_err(|e| Error::io("flush", &e));
+        self.note(synced)
+    }
+
+    /// Closes cleanly: everything durable, clusters that were taken and not used given back.
+    pub async fn close(&self) -> Result<(), Error> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.flush().await?;
+        let mut meta = self.lock().await;
+        self.settle(&mut meta).await
+    }
+
+    /// Changes the header by one write of what differs, synced before and after.
+    pub async fn update_header(
+        &self,
+        change: impl FnOnce(&mut Header) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut meta = self.lock().await;
+        self.write_header(&mut meta, change).await
+    }
+
+    pub(crate) async fn write_header(
+        &self,
+        meta: &mut Meta,
+        change: impl FnOnce(&mut Header) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        if self.read_only {
+            return Err(Error::ReadOnly);
+        }
+        self.check_failed()?;
+        let mut new = meta.header.clone();
+        change(&mut new)?;
+        let written = replace_header(&self.file, self.sectors, &meta.header, &new).await;
+        self.note(written)?;
+        meta.header = new;
+        Ok(())
+    }
+
+    pub(crate) fn check(&self, offset: u64, len: u64) -> Result<(), Error> {
+        let size = self.size();
+        match offset.checked_add(len) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(Error::OutOfRange { offset, len, size }),
+        }
+    }
+
+    pub(crate) fn check_change(&self, offset: u64, len: u64) -> Result<(), Error> {
+        if self.read_only {
+            return Err(Error::ReadOnly);
+        }
+        self.check_failed()?;
+        self.check(offset, len)
+    }
+}
+
+/// A run of clusters that are mapped alike.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Run {
+    /// Bytes.
+    pub(crate) len: u64,
+    pub(crate) kind: Kind,
+    /// The first cluster's entry.
+    pub(crate) entry: Entry,
+    /// Where its first byte lies, if it is data.
+    pub(crate) offset: u64,
+}
+
+/// Most clusters that one refill takes.
+pub(crate) const MAX_REFILL: u64 = 1 << 16;
+
+/// Checks and repairs what must be right before an image may be written.
+async fn prepare(file: &File, mut header: Header, options: &Options) -> Result<Header, Error> {
+    if header.incompatible & INCOMPAT_CORRUPT != 0 {
+        return Err(Error::Corrupt(
+            "it is marked so, and can only be read until it is repaired".into(),
+        ));
+    }
+    if header.incompatible & INCOMPAT_DIRTY != 0 {
+        tracing::warn!("the image was not closed cleanly: its refcounts are made anew");
+        check(
+            file,
+            &header,
+            options.data_file.as_ref(),
+            &options.areas,
+            Repair::All,
+            &mut |_, _| {},
+        )
+        .await?;
+        header = Header::read(file).await?;
+        if header.incompatible & (INCOMPAT_DIRTY | INCOMPAT_CORRUPT) != 0 {
+            return Err(Error::Corrupt("its refcounts could not be made anew".into()));
+        }
+    }
+    let unknown = header.autoclear & !(options.known_autoclear | AUTOCLEAR_DATA_FILE_RAW);
+    if unknown != 0 {
+        let mut new = header.clone();
+        new.autoclear &= !unknown;
+        let align = u64::from(file.direct_align().unwrap_or(1).max(512));
+        replace_header(file, Sectors { align }, &header, &new).await?;
+        header = new;
+    }
+    Ok(header)
+}
+
+/// Writes what differs between two headers. The first sector goes last, so that it is what decides.
+async fn replace_header(file: &File, sectors: Sectors, old: &Header, new: &Header) -> Result<(), Error> {
+    let sync = || async {
+        file.datasync()
+            .await
+            .map_err(|e| Error::io("syncing the header", &e))
+    };
+    let (old, new) = (old.encode()?, new.encode()?);
+    sync().await?;
+    let align = (sectors.align as usize).min(new.len());
+    let mut written = false;
+    for at in (0..new.len()).step_by(align).rev() {
+        let range = at..at + align;
+        if old.get(range.clone()) == Some(&new[range.clone()]) {
+            continue;
+        }
+        if at == 0 && written {
+            sync().await?;
+        }
+        sectors.write(file, 0, &new, range).await?;
+        written = true;
+    }
+    sync().await
+}
+
+/// How metadata is written: whole sectors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sectors {
+    /// Bytes: 512, or what direct I/O needs.
+    pub(crate) align: u64,
+}
+
+impl Sectors {
+    /// Writes the sectors of a table at `base` that hold `range` of its bytes.
+    pub(crate) async fn write(
+        self,
+        file: &File,
+        base: u64,
+        table: &[u8],
+        range: Range<usize>,
+    ) -> Result<(), Error> {
+        let align = self.align as usize;
+        let start = range.start / align * align;
+        let end = (range.end.div_ceil(align) * align).min(table.len());
+        write_at(file, base + start as u64, &table[start..end]).await
+    }
+}
+
+/// Reads bytes, also where direct I/O wants more than these; zeros past the end of the file.
+pub(crate) async fn read_at(file: &File, offset: u64, len: usize) -> Result<Vec<u8>, Error> {
+    let align = u64::from(file.direct_align().unwrap_or(1).max(1));
+    let start = offset / align * align;
+    let end = offset
+        .checked_add(len as u64)
+        .filter(|end| *end <= MAX_CLUSTER_OFFSET + (1 << 30))
+        .ok_or_else(|| Error::Corrupt(format!("{len} bytes at {offset:#x} are past any file's end")))?
+        .div_ceil(align)
+        * align;
+    let buf = IoBuf::try_alloc((end - start) as usize).map_err(|e| Error::io("reading metadata", &e))?;
+    file.read(buf.clone(), start)
+        .await
+        .map_err(|e| Error::io("reading metadata", &e))?;
+    let within = (offset - start) as usize;
+    Ok(buf.slice(within..within + len).to_vec())
+}
+
+/// Writes bytes; with direct I/O, offset and length are multiples of its alignment.
+pub(crate) async fn write_at(file: &File, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+    let buf = IoBuf::try_alloc(bytes.len()).map_err(|e| Error::io("writing metadata", &e))?;
+    buf.copy_from(bytes);
+    file.write(buf, offset)
+        .await
+        .map_err(|e| Error::io("writing metadata", &e))
+}
+
+pub(crate) fn file_len(file: &File) -> Result<u64, Error> {
+    file.len().map_err(|e| Error::io("finding the file's size", &e))
+}
+
+/// Big-endian words.
+pub(crate) fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes
+        .chunks_exact(8)
+        .map(|word| u64::from_be_bytes(word.try_into().expect("eight bytes")))
+}
+
+/// An L1 entry for a table of the image's own.
+pub(crate) fn own_table(offset: u64) -> u64 {
+    offset | COPIED
 }
