@@ -9,18 +9,18 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use zbdkit_io::{File, IoBuf, LocalBoxFuture};
-use zbdkit_spec::qcow2::{
-    AUTOCLEAR_DATA_FILE_RAW, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, L1E_OFFSET_MASK, MAX_CLUSTER_OFFSET,
-};
+use zbdkit_spec::qcow2::L1E_OFFSET_MASK;
 
-use crate::check::{Repair, check};
 use crate::compress;
 use crate::error::Error;
 use crate::grace::{Grace, Pin};
 use crate::header::{Compression, Header};
-use crate::l2::{COPIED, Codec, Entries, Entry, Kind, L2Cache, SUBCLUSTERS};
+use crate::l2::{Codec, Entries, Entry, Kind, L2Cache, SUBCLUSTERS};
 use crate::lock::{AsyncGuard, AsyncMutex, RangeLocks, lock};
 use crate::refcounts::Refcounts;
+pub(crate) use crate::sectors::{
+    Sectors, file_len, own_table, prepare, read_at, replace_header, words, write_at,
+};
 
 /// What lies below an image.
 pub trait Backing: Send + Sync {
@@ -685,128 +685,3 @@ pub(crate) struct Run {
 
 /// Most clusters that one refill takes.
 pub(crate) const MAX_REFILL: u64 = 1 << 16;
-
-/// Checks and repairs what must be right before an image may be written.
-async fn prepare(file: &File, mut header: Header, options: &Options) -> Result<Header, Error> {
-    if header.incompatible & INCOMPAT_CORRUPT != 0 {
-        return Err(Error::Corrupt(
-            "it is marked so, and can only be read until it is repaired".into(),
-        ));
-    }
-    if header.incompatible & INCOMPAT_DIRTY != 0 {
-        tracing::warn!("the image was not closed cleanly: its refcounts are made anew");
-        check(
-            file,
-            &header,
-            options.data_file.as_ref(),
-            &options.areas,
-            Repair::All,
-            &mut |_, _| {},
-        )
-        .await?;
-        header = Header::read(file).await?;
-        if header.incompatible & (INCOMPAT_DIRTY | INCOMPAT_CORRUPT) != 0 {
-            return Err(Error::Corrupt("its refcounts could not be made anew".into()));
-        }
-    }
-    let unknown = header.autoclear & !(options.known_autoclear | AUTOCLEAR_DATA_FILE_RAW);
-    if unknown != 0 {
-        let mut new = header.clone();
-        new.autoclear &= !unknown;
-        let align = u64::from(file.direct_align().unwrap_or(1).max(512));
-        replace_header(file, Sectors { align }, &header, &new).await?;
-        header = new;
-    }
-    Ok(header)
-}
-
-/// Writes what differs between two headers. The first sector goes last, so that it is what decides.
-async fn replace_header(file: &File, sectors: Sectors, old: &Header, new: &Header) -> Result<(), Error> {
-    let sync = || async {
-        file.datasync()
-            .await
-            .map_err(|e| Error::io("syncing the header", &e))
-    };
-    let (old, new) = (old.encode()?, new.encode()?);
-    sync().await?;
-    let align = (sectors.align as usize).min(new.len());
-    let mut written = false;
-    for at in (0..new.len()).step_by(align).rev() {
-        let range = at..at + align;
-        if old.get(range.clone()) == Some(&new[range.clone()]) {
-            continue;
-        }
-        if at == 0 && written {
-            sync().await?;
-        }
-        sectors.write(file, 0, &new, range).await?;
-        written = true;
-    }
-    sync().await
-}
-
-/// How metadata is written: whole sectors.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Sectors {
-    /// Bytes: 512, or what direct I/O needs.
-    pub(crate) align: u64,
-}
-
-impl Sectors {
-    /// Writes the sectors of a table at `base` that hold `range` of its bytes.
-    pub(crate) async fn write(
-        self,
-        file: &File,
-        base: u64,
-        table: &[u8],
-        range: Range<usize>,
-    ) -> Result<(), Error> {
-        let align = self.align as usize;
-        let start = range.start / align * align;
-        let end = (range.end.div_ceil(align) * align).min(table.len());
-        write_at(file, base + start as u64, &table[start..end]).await
-    }
-}
-
-/// Reads bytes, also where direct I/O wants more than these; zeros past the end of the file.
-pub(crate) async fn read_at(file: &File, offset: u64, len: usize) -> Result<Vec<u8>, Error> {
-    let align = u64::from(file.direct_align().unwrap_or(1).max(1));
-    let start = offset / align * align;
-    let end = offset
-        .checked_add(len as u64)
-        .filter(|end| *end <= MAX_CLUSTER_OFFSET + (1 << 30))
-        .ok_or_else(|| Error::Corrupt(format!("{len} bytes at {offset:#x} are past any file's end")))?
-        .div_ceil(align)
-        * align;
-    let buf = IoBuf::try_alloc((end - start) as usize).map_err(|e| Error::io("reading metadata", &e))?;
-    file.read(buf.clone(), start)
-        .await
-        .map_err(|e| Error::io("reading metadata", &e))?;
-    let within = (offset - start) as usize;
-    Ok(buf.slice(within..within + len).to_vec())
-}
-
-/// Writes bytes; with direct I/O, offset and length are multiples of its alignment.
-pub(crate) async fn write_at(file: &File, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-    let buf = IoBuf::try_alloc(bytes.len()).map_err(|e| Error::io("writing metadata", &e))?;
-    buf.copy_from(bytes);
-    file.write(buf, offset)
-        .await
-        .map_err(|e| Error::io("writing metadata", &e))
-}
-
-pub(crate) fn file_len(file: &File) -> Result<u64, Error> {
-    file.len().map_err(|e| Error::io("finding the file's size", &e))
-}
-
-/// Big-endian words.
-pub(crate) fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes
-        .chunks_exact(8)
-        .map(|word| u64::from_be_bytes(word.try_into().expect("eight bytes")))
-}
-
-/// An L1 entry for a table of the image's own.
-pub(crate) fn own_table(offset: u64) -> u64 {
-    offset | COPIED
-}

@@ -4,19 +4,25 @@
 //! backing image) is a [`Backing`]. Everything that an image says is taken for hostile: bounded, checked, never
 //! believed by its number alone.
 
+mod ahead;
 mod check;
 mod compress;
 mod create;
+mod entries;
 mod error;
 mod grace;
 mod header;
 mod image;
 mod l2;
 mod lock;
+mod pack;
 mod refcounts;
 mod resize;
+mod sectors;
 mod snapshot;
+mod space;
 mod write;
+mod zero;
 
 pub use check::{CheckReport, Repair, check};
 pub use create::{Layout, Preallocation, create};

@@ -1,0 +1,230 @@
+//! Clusters of the file: the reserve that new ones come from, and the way back of those that nothing names any more.
+
+use std::ops::Range;
+use std::sync::PoisonError;
+
+use crate::error::Error;
+use crate::image::{MAX_REFILL, Meta, Qcow2};
+
+/// Freed clusters that make a refill free them first, to take them again.
+const WORTH_REAPING: u64 = 256;
+
+impl Qcow2 {
+    /// Takes up to `want` clusters in one run from the reserve: counted, zero, and durable, named by nothing.
+    pub(crate) async fn take(&self, meta: &mut Meta, want: u64) -> Result<Range<u64>, Error> {
+        self.check_failed()?;
+        let fits = |meta: &Meta| meta.reserve.iter().position(|run| run.end - run.start >= want);
+        let mut found = fits(meta);
+        if found.is_none() {
+            self.refill(meta, want).await?;
+            found = fits(meta);
+        }
+        let index = found.unwrap_or(0);
+        let run = meta.reserve.get_mut(index).ok_or(Error::Io {
+            op: "allocating clusters",
+            errno: libc::ENOSPC,
+        })?;
+        let taken = run.start..run.end.min(run.start + want);
+        run.start = taken.end;
+        if run.is_empty() {
+            meta.reserve.remove(index);
+        }
+        Ok(taken)
+    }
+
+    /// Brings a run of so many clusters to the front of the reserve.
+    pub(crate) async fn reserve_run(&self, meta: &mut Meta, count: u64) -> Result<(), Error> {
+        let fits = |meta: &Meta| meta.reserve.iter().position(|run| run.end - run.start >= count);
+        let mut found = fits(meta);
+        if found.is_none() {
+            self.refill(meta, count).await?;
+            found = fits(meta);
+        }
+        if let Some(index) = found {
+            meta.reserve.swap(0, index);
+        }
+        Ok(())
+    }
+
+    /// Puts clusters into the reserve, runs of at least `need`.
+    async fn refill(&self, meta: &mut Meta, need: u64) -> Result<(), Error> {
+        let waiting: u64 = meta.pending.iter().map(|run| run.end - run.start).sum();
+        if waiting >= WORTH_REAPING.min(need.max(16)) {
+            self.reap(meta).await?;
+        }
+        let device = self.size() / self.cluster_size() + 1;
+        let preferred = meta.grow.min(device).max(need);
+        meta.grow = (meta.grow * 2).min(MAX_REFILL);
+        let is_taken = |range: &Range<u64>| {
+            let metadata = self.metadata.read().unwrap_or_else(PoisonError::into_inner);
+            let hit = if (metadata.len() as u64) < range.end - range.start {
+                metadata.iter().copied().find(|cluster| range.contains(cluster))
+            } else {
+                range.clone().find(|cluster| metadata.contains(cluster))
+            };
+            hit.map(|cluster| format!("metadata (cluster {cluster})"))
+        };
+        let allocated = meta.refcounts()?.allocate(need, preferred, &is_taken).await;
+        let allocated = self.note(allocated)?;
+        self.metadata
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend(allocated.own.clone());
+        if let Some((offset, clusters)) = allocated.moved {
+            let old = meta.header.refcount_table_offset >> self.cluster_bits;
+            let old = old..old + u64::from(meta.header.refcount_table_clusters);
+            self.write_header(meta, |header| {
+                header.refcount_table_offset = offset;
+                header.refcount_table_clusters = clusters;
+                Ok(())
+            })
+            .await?;
+            self.free_metadata(meta, old);
+        }
+        meta.reserve.extend(allocated.runs);
+        Ok(())
+    }
+
+    /// Clusters that held metadata which nothing names any more.
+    pub(crate) fn free_metadata(&self, meta: &mut Meta, run: Range<u64>) {
+        let mut metadata = self.metadata.write().unwrap_or_else(PoisonError::into_inner);
+        for cluster in run.clone() {
+            metadata.remove(&cluster);
+        }
+        meta.free(run);
+    }
+
+    /// Frees what nothing names any more: syncs the removal, waits for requests that may know it, lowers the counts,
+    /// and gives the space back.
+    pub(crate) async fn reap(&self, meta: &mut Meta) -> Result<(), Error> {
+        if meta.pending.is_empty() {
+            return self.sync().await;
+        }
+        self.sync().await?;
+        self.grace.passed().await;
+        let mut pending = std::mem::take(&mut meta.pending);
+        pending.sort_unstable_by_key(|run| run.start);
+        for run in pending {
+            let lowered = meta.refcounts()?.add(run.clone(), -1).await;
+            self.note(lowered)?;
+            for free in self.unused(meta, run).await? {
+                let (start, len) = (
+                    free.start << self.cluster_bits,
+                    (free.end - free.start) << self.cluster_bits,
+                );
+                self.metadata
+                    .write()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .retain(|cluster| !free.contains(cluster));
+                // A hint: where the file system cannot, the space stays until it is used again.
+                let _ = self.file.punch_hole(start, len).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// The parts of a run that nothing counts.
+    async fn unused(&self, meta: &mut Meta, run: Range<u64>) -> Result<Vec<Range<u64>>, Error> {
+        let mut parts: Vec<Range<u64>> = Vec::new();
+        for cluster in run {
+            if meta.refcounts()?.get(cluster).await? != 0 {
+                continue;
+            }
+            match parts.last_mut() {
+                Some(part) if part.end == cluster => part.end += 1,
+                _ => parts.push(cluster..cluster + 1),
+            }
+        }
+        Ok(parts)
+    }
+
+    /// Everything durable, nothing pending, no reserve; the file ends with the last cluster that is used.
+    pub(crate) async fn settle(&self, meta: &mut Meta) -> Result<(), Error> {
+        self.reap(meta).await?;
+        meta.packing = 0..0;
+        let mut reserve = std::mem::take(&mut meta.reserve);
+        if reserve.is_empty() {
+            return Ok(());
+        }
+        reserve.sort_unstable_by_key(|run| run.start);
+        for run in &reserve {
+            let lowered = meta.refcounts()?.add(run.clone(), -1).await;
+            self.note(lowered)?;
+        }
+        self.sync().await?;
+        let len = meta.refcounts()?.len();
+        let mut end = len;
+        for run in reserve.iter().rev() {
+            if run.end << self.cluster_bits != end {
+                break;
+            }
+            end = run.start << self.cluster_bits;
+        }
+        if end < len && self.file.set_len(end).is_ok() {
+            meta.refcounts()?.set_len(end);
+        }
+        Ok(())
+    }
+
+    /// Clusters for a table of `len` bytes that the header will name: in one run, zero, counted, durable.
+    pub async fn allocate_area(&self, len: u64) -> Result<u64, Error> {
+        self.check_change(0, 0)?;
+        let count = len.div_ceil(self.cluster_size()).max(1);
+        let mut meta = self.lock().await;
+        let run = self.take(&mut meta, count).await?;
+        if run.end - run.start < count {
+            meta.reserve.push(run);
+            return Err(Error::Io {
+                op: "allocating a table",
+                errno: libc::ENOSPC,
+            });
+        }
+        let start = run.start << self.cluster_bits;
+        self.metadata
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend(run);
+        Ok(start)
+    }
+
+    /// Frees a table that nothing names any more.
+    pub async fn free_area(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.check_change(0, 0)?;
+        let run = offset >> self.cluster_bits..(offset + len).div_ceil(self.cluster_size());
+        let mut meta = self.lock().await;
+        for cluster in run.clone() {
+            let count = meta.refcounts()?.get(cluster).await?;
+            if count != 1 {
+                return Err(Error::Corrupt(format!(
+                    "cluster {cluster} of a table has refcount {count}"
+                )));
+            }
+        }
+        self.free_metadata(&mut meta, run);
+        Ok(())
+    }
+
+    /// A table that an extension names is metadata from now on. Fails where it overlaps other metadata.
+    pub fn adopt_area(&self, area: Range<u64>, what: &'static str) -> Result<(), Error> {
+        let run = area.start >> self.cluster_bits..area.end.div_ceil(self.cluster_size());
+        let mut metadata = self.metadata.write().unwrap_or_else(PoisonError::into_inner);
+        let within = |cluster: &&u64| run.contains(*cluster);
+        if let Some(cluster) = metadata.iter().find(within) {
+            return Err(Error::Corrupt(format!(
+                "{what} overlaps other metadata in cluster {cluster}"
+            )));
+        }
+        metadata.extend(run);
+        Ok(())
+    }
+}
+
+impl Meta {
+    /// Notes clusters that nothing names any more.
+    pub(crate) fn free(&mut self, run: Range<u64>) {
+        match self.pending.last_mut() {
+            Some(last) if last.end == run.start => last.end = run.end,
+            _ => self.pending.push(run),
+        }
+    }
+}
