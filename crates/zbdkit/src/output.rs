@@ -95,6 +95,17 @@ pub fn describe(error: &anyhow::Error) -> String {
     text
 }
 
+/// Text out of an image as a terminal may get it: without control characters.
+pub fn printable(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            let escaped = c.is_control().then(|| c.escape_default());
+            let plain = escaped.is_none().then_some(c);
+            escaped.into_iter().flatten().chain(plain)
+        })
+        .collect()
+}
+
 /// A size as qemu-img prints it: three significant digits, `196 KiB`, `10.6 MiB`, `0 B`.
 pub fn qemu_size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
@@ -121,6 +132,11 @@ pub fn qemu_size(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_out_of_images_do_not_move_the_cursor() {
+        assert_eq!(printable("\u{1b}[2Jb\u{e4}se\n.raw"), "\\u{1b}[2Jb\u{e4}se\\n.raw");
+    }
 
     #[test]
     fn sizes_are_printed_as_qemu_img_prints_them() {
