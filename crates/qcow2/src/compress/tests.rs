@@ -92,8 +92,8 @@ fn deflate_looks_back_4_kib_at_most() {
         );
     }
     assert!(
-        look_back_further >= 8,
-        "without the limit {look_back_further} of 9 would"
+        look_back_further >= 4,
+        "without the limit {look_back_further} of 5 would"
     );
 }
 
