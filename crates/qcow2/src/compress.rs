@@ -68,8 +68,9 @@ pub(crate) fn decompress(compression: Compression, input: &[u8], out: &mut [u8])
     }
 }
 
-/// The bytes of a cluster compressed, None if that is not less.
-pub(crate) fn compress(compression: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
+/// The bytes of one whole cluster compressed, None if they do not get fewer. Without the feature `zstd` no cluster is
+/// compressed with it.
+pub fn compress(compression: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
     if cluster.len() < 2 {
         return None;
     }

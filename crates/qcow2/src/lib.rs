@@ -25,6 +25,7 @@ mod write;
 mod zero;
 
 pub use check::{CheckReport, Repair, check};
+pub use compress::compress;
 pub use create::{Layout, Preallocation, create};
 pub use error::Error;
 pub use header::{Compression, Extension, Header};
