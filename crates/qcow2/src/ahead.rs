@@ -6,7 +6,7 @@ use zbdkit_io::{File, IoBuf};
 
 use crate::create::Preallocation;
 use crate::error::Error;
-use crate::image::{MAX_REFILL, Mapping, Qcow2};
+use crate::image::{MAX_REFILL, Mapping, Meta, Qcow2};
 use crate::l2::Entry;
 
 impl Qcow2 {
@@ -31,21 +31,42 @@ impl Qcow2 {
                     let ahead = (clusters.end - at).min(MAX_REFILL);
                     self.reserve_run(&mut meta, ahead.max(count)).await?;
                 }
-                let mut new = old.clone();
-                for (index, entry) in new.iter_mut().enumerate() {
-                    if missing(&&*entry) {
-                        let cluster = match self.data {
-                            Some(_) => at + index as u64,
-                            None => self.take(&mut meta, 1).await?.start,
-                        };
-                        *entry = self.codec.data(cluster << self.cluster_bits);
-                    }
+                let mut taken = Vec::new();
+                let named = self.name_ahead(&mut meta, at, &old, &mut taken).await;
+                if let Err(error) = named {
+                    // Still zero, and named by nothing.
+                    meta.reserve.extend(taken);
+                    return Err(error);
                 }
-                self.set_entries(&mut meta, at, &new).await?;
             }
             at = end;
         }
         Ok(())
+    }
+
+    /// Gives those of the clusters that need one a cluster of the file; `taken` says which those are.
+    async fn name_ahead(
+        &self,
+        meta: &mut Meta,
+        first: u64,
+        old: &[Entry],
+        taken: &mut Vec<Range<u64>>,
+    ) -> Result<(), Error> {
+        let mut new = old.to_vec();
+        for (cluster, entry) in (first..).zip(&mut new) {
+            if self.codec.is_all_data(*entry) && entry.is_copied() {
+                continue;
+            }
+            let host = match self.data {
+                Some(_) => cluster,
+                None => self.take(meta, 1).await?.start,
+            };
+            if self.data.is_none() {
+                join(taken, host..host + 1);
+            }
+            *entry = self.codec.data(host << self.cluster_bits);
+        }
+        self.set_entries(meta, first, &new).await
     }
 
     /// A zone was reset: its contents go. Clusters of its own stay mapped, and give their space back to the file's

@@ -3,7 +3,6 @@
 //! Requests look places up in the cache ([`Qcow2::resolve`]) and go to the file without a lock. What changes the mapping
 //! is one task at a time, the holder of [`Meta`]; `write` has the ways that a request takes there.
 
-use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -15,7 +14,7 @@ use crate::compress;
 use crate::error::Error;
 use crate::grace::{Grace, Pin};
 use crate::header::{Compression, Header};
-use crate::l2::{Codec, Entries, Entry, Kind, L2Cache, SUBCLUSTERS};
+use crate::l2::{ClusterSet, Codec, Entries, Entry, Kind, L2Cache, SUBCLUSTERS};
 use crate::lock::{AsyncGuard, AsyncMutex, RangeLocks, lock};
 use crate::refcounts::Refcounts;
 pub(crate) use crate::sectors::{
@@ -120,7 +119,9 @@ pub struct Qcow2 {
     pub(crate) grace: Grace,
     pub(crate) ranges: RangeLocks,
     /// Clusters that hold metadata, which no data may be written to.
-    pub(crate) metadata: RwLock<HashSet<u64>>,
+    pub(crate) metadata: RwLock<ClusterSet>,
+    /// No data of the image lies past it: the end of the file, as far as it is known, in bytes.
+    pub(crate) end: AtomicU64,
     meta: AsyncMutex<Meta>,
     /// The errno of the first failed write of metadata or sync; final. 0 while there was none.
     failed: AtomicI32,
@@ -195,6 +196,11 @@ impl Qcow2 {
             true => None,
             false => Some(Refcounts::load(file.clone(), &header, sectors).await?),
         };
+        let end = match &options.data_file {
+            // Data lies there where the device has it.
+            Some(_) => header.size,
+            None => file_len(&file)?,
+        };
         let entry_bytes = 8 * codec.words() as u64;
         let all = header.size.div_ceil(header.cluster_size()) * entry_bytes;
         let cache = match options.l2_cache {
@@ -217,6 +223,7 @@ impl Qcow2 {
             ranges: RangeLocks::default(),
             metadata: RwLock::default(),
             failed: AtomicI32::new(0),
+            end: AtomicU64::new(end),
             data: options.data_file,
             backing: options.backing,
             inflated: Mutex::new(None),
@@ -241,7 +248,7 @@ impl Qcow2 {
         let snapshots = self.snapshots().await?;
         let mut meta = self.lock().await;
         let (header, cluster) = (meta.header.clone(), self.cluster_size());
-        let mut found = HashSet::new();
+        let mut found = ClusterSet::default();
         let mut add = |offset: u64, bytes: u64| {
             let first = offset >> self.cluster_bits;
             found.extend(first..(offset.saturating_add(bytes)).div_ceil(cluster).max(first));
@@ -372,14 +379,22 @@ impl Qcow2 {
         })
     }
 
-    /// The metadata cluster that a range of the image's file touches.
-    pub(crate) fn overlap(&self, offset: u64, len: u64) -> Option<u64> {
+    /// Why data cannot lie in a range of its file: it holds metadata, or the file has no such place.
+    pub(crate) fn overlap(&self, offset: u64, len: u64) -> Option<String> {
+        let end = self
+            .end
+            .load(Ordering::Relaxed)
+            .next_multiple_of(self.cluster_size());
+        if offset.checked_add(len).is_none_or(|past| past > end) {
+            return Some(format!("{offset:#x}, past the end of the file ({end:#x})"));
+        }
         if self.data.is_some() {
             return None;
         }
         let metadata = self.metadata.read().unwrap_or_else(PoisonError::into_inner);
         let mut clusters = offset >> self.cluster_bits..=(offset + len.max(1) - 1) >> self.cluster_bits;
-        clusters.find(|cluster| metadata.contains(cluster))
+        let hit = clusters.find(|cluster| metadata.contains(cluster))?;
+        Some(format!("cluster {hit} of the file, which holds metadata"))
     }
 
     /// The run of clusters that are mapped alike from `offset` on, within a slice. `None` for an empty range.

@@ -3,7 +3,7 @@
 //! The cache is written through: an entry changes in the file first, then here. So nothing in it is ever dirty, and what
 //! is not in it can be read from the file at any time.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -349,7 +349,10 @@ impl Entries<'_> {
     }
 }
 
-/// Slice numbers need no more than to be spread.
+/// A set of clusters.
+pub type ClusterSet = HashSet<u64, BuildHasherDefault<Mix>>;
+
+/// Numbers of slices and clusters need no more than to be spread.
 #[derive(Default)]
 pub struct Mix(u64);
 

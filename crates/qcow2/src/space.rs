@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 use crate::error::Error;
 use crate::image::{MAX_REFILL, Meta, Qcow2};
@@ -65,6 +66,7 @@ impl Qcow2 {
             hit.map(|cluster| format!("metadata (cluster {cluster})"))
         };
         let allocated = meta.refcounts()?.allocate(need, preferred, &is_taken).await;
+        self.end.fetch_max(meta.refcounts()?.len(), Ordering::Relaxed);
         let allocated = self.note(allocated)?;
         self.metadata
             .write()
@@ -87,11 +89,15 @@ impl Qcow2 {
 
     /// Clusters that held metadata which nothing names any more.
     pub(crate) fn free_metadata(&self, meta: &mut Meta, run: Range<u64>) {
+        self.forget_metadata(&run);
+        meta.free(run);
+    }
+
+    fn forget_metadata(&self, run: &Range<u64>) {
         let mut metadata = self.metadata.write().unwrap_or_else(PoisonError::into_inner);
         for cluster in run.clone() {
             metadata.remove(&cluster);
         }
-        meta.free(run);
     }
 
     /// Frees what nothing names any more: syncs the removal, waits for requests that may know it, lowers the counts,
@@ -112,10 +118,7 @@ impl Qcow2 {
                     free.start << self.cluster_bits,
                     (free.end - free.start) << self.cluster_bits,
                 );
-                self.metadata
-                    .write()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .retain(|cluster| !free.contains(cluster));
+                self.forget_metadata(&free);
                 // A hint: where the file system cannot, the space stays until it is used again.
                 let _ = self.file.punch_hole(start, len).await;
             }

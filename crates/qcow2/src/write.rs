@@ -10,7 +10,7 @@ use zbdkit_io::IoBuf;
 
 use crate::error::Error;
 use crate::image::{Access, Qcow2, Run};
-use crate::l2::{Entry, Kind};
+use crate::l2::{Entry, Kind, SUBCLUSTERS};
 
 /// Bytes of clusters that a request writes to at once before it names them.
 const PIECE: u64 = 4 << 20;
@@ -46,9 +46,9 @@ impl Qcow2 {
         Ok(0)
     }
 
-    /// That a range of the image's file holds no metadata. If it does, the image is marked corrupt.
+    /// That data may lie in a range of its file. If it does, the image is marked corrupt.
     pub(crate) async fn check_overlap(&self, offset: u64, len: u64) -> Result<(), Error> {
-        let Some(cluster) = self.overlap(offset, len) else {
+        let Some(place) = self.overlap(offset, len) else {
             return Ok(());
         };
         let mut meta = self.lock().await;
@@ -64,7 +64,7 @@ impl Qcow2 {
             tracing::warn!("the image could not be marked corrupt: {error}");
         }
         Err(Error::Corrupt(format!(
-            "preventing an invalid write to metadata: data is mapped to cluster {cluster} of the file"
+            "an invalid write was prevented: data is mapped to {place}"
         )))
     }
 
@@ -81,10 +81,21 @@ impl Qcow2 {
         let old = self.entries(range.clone()).await?;
         let is_new = |entry: &Entry| !(self.codec.is_all_data(*entry) && entry.is_copied());
         let count = old.iter().take_while(|entry| is_new(entry)).count() as u64;
-        // Nobody else maps anything here: an entry that a request can be resolved by is one that was there before.
         if count == 0 {
             return Ok(0);
         }
+        if self.codec.extended && self.codec.has_cluster(old[0]) && old[0].is_copied() {
+            // Others may be writing to those parts of it that are there, so it stays where it is.
+            self.complete(first, old[0]).await?;
+            return Ok(0);
+        }
+        let stays =
+            |entry: &Entry| self.codec.extended && self.codec.has_cluster(*entry) && entry.is_copied();
+        let count = old
+            .iter()
+            .take(count as usize)
+            .take_while(|entry| !stays(entry))
+            .count() as u64;
         let host = self.take_data(first, count).await?;
         let count = host.end - host.start;
         let written = self
@@ -99,6 +110,33 @@ impl Qcow2 {
             self.lock().await.pending.push(host);
         }
         named
+    }
+
+    /// Gives a cluster of the image's own, of which only some subclusters are there, all of them.
+    async fn complete(&self, cluster: u64, old: Entry) -> Result<(), Error> {
+        let size = self.cluster_size() / SUBCLUSTERS;
+        let start = cluster << self.cluster_bits;
+        self.check_overlap(old.offset(), self.cluster_size()).await?;
+        for part in 0..SUBCLUSTERS {
+            if self.codec.kind(old, part) == Kind::Data {
+                continue;
+            }
+            let at = start + part * size;
+            let buf = IoBuf::try_alloc(size as usize).map_err(|e| Error::io("write", &e))?;
+            let there = self.size().saturating_sub(at).min(size) as usize;
+            self.read(buf.slice(0..there), at).await?;
+            let written = self.data_file().write(buf, old.offset() + part * size).await;
+            written.map_err(|e| Error::io("write", &e))?;
+        }
+        let synced = self
+            .data_file()
+            .datasync()
+            .await
+            .map_err(|e| Error::io("write", &e));
+        self.note(synced)?;
+        let mut meta = self.lock().await;
+        self.set_entries(&mut meta, cluster, &[self.codec.data(old.offset())])
+            .await
     }
 
     /// Clusters for data of the device from `first` on: at most `count`, in one run.

@@ -14,7 +14,7 @@ impl Qcow2 {
     pub async fn discard(&self, offset: u64, len: u64) -> Result<(), Error> {
         self.check_change(offset, len)?;
         let clusters = self.whole_clusters(&(offset..offset + len));
-        self.zero_clusters(clusters, true).await
+        self.zero_clusters(clusters).await
     }
 
     /// Makes the range read as zeros; `unmap` allows to give its space back.
@@ -35,10 +35,7 @@ impl Qcow2 {
             return self.write_zero_data(start..stop).await;
         }
         if unmap || self.data.is_some() {
-            if self.data_raw {
-                self.zero_raw(start..stop).await?;
-            }
-            return self.zero_clusters(clusters, false).await;
+            return self.zero_clusters(clusters).await;
         }
         self.remap(clusters, |cluster, old| {
             let backed = self.shows_backing(cluster);
@@ -65,42 +62,33 @@ impl Qcow2 {
         .await
     }
 
-    /// Makes clusters zeros without contents; with `keep_plain`, those that would need more than that stay.
-    async fn zero_clusters(&self, clusters: Range<u64>, hint: bool) -> Result<(), Error> {
-        let mut punched: Vec<Range<u64>> = Vec::new();
+    /// Makes clusters zeros without contents.
+    async fn zero_clusters(&self, clusters: Range<u64>) -> Result<(), Error> {
+        if self.data_raw {
+            let end = (clusters.end << self.cluster_bits).min(self.size());
+            self.zero_raw(clusters.start << self.cluster_bits..end).await?;
+        }
+        let mut left: Vec<Range<u64>> = Vec::new();
         self.remap(clusters, |cluster, old| {
             let backed = self.shows_backing(cluster);
-            if self.version < 3 && backed {
-                return None;
-            }
-            let new = if backed {
-                self.codec.zero()
-            } else {
-                Entry::default()
-            };
-            if !backed && old == Entry::default() {
+            if (self.version < 3 && backed) || (!backed && old == Entry::default()) {
                 return None;
             }
             if self.data.is_some() && self.codec.has_cluster(old) {
-                join(&mut punched, cluster..cluster + 1);
+                join(&mut left, cluster..cluster + 1);
             }
-            Some(new)
+            Some(if backed {
+                self.codec.zero()
+            } else {
+                Entry::default()
+            })
         })
         .await?;
-        // Data of its own file lies where the device has it, and nobody else uses that place.
-        let Some(data) = &self.data else { return Ok(()) };
-        for run in punched {
-            let (start, len) = (
-                run.start << self.cluster_bits,
-                (run.end - run.start) << self.cluster_bits,
-            );
-            let freed = data.punch_hole(start, len).await;
-            if self.data_raw && !hint {
-                if freed.is_err() {
-                    let zeroed = data.zero_range(start, len).await;
-                    zeroed.map_err(|e| Error::io("write zeroes", &e))?;
-                }
-            }
+        // Data of its own file lies where the device has it: nobody else uses that place.
+        for run in left {
+            let (start, end) = (run.start << self.cluster_bits, run.end << self.cluster_bits);
+            // Where the file system cannot, the space stays.
+            let _ = self.data_file().punch_hole(start, end - start).await;
         }
         Ok(())
     }

@@ -325,3 +325,39 @@ fn preallocation_maps_all_and_leaks_nothing() {
         setup.judge_by_qemu();
     }
 }
+
+/// QEMU allocates single subclusters. Writes into those that are there go on while the others come.
+#[test]
+fn writes_to_subclusters_that_are_there_survive_others_that_come() {
+    let Some(qemu) = Qemu::find() else { return };
+    let layout = Layout {
+        extended_l2: true,
+        ..layout(65536, 1 << 20)
+    };
+    let mut setup = Setup::new(layout, 1 << 20, &mut Rng(3));
+    let path = setup.dir.path().join("image.qcow2");
+    let commands: Vec<String> = (0..16)
+        .map(|cluster| format!("write -P 9 {} 2048", cluster * 65536))
+        .collect();
+    qemu.io(&path, &commands);
+    for cluster in 0..16 {
+        setup.model[cluster * 65536..][..2048].fill(9);
+    }
+    block_on(async {
+        let image = setup.open(false).await;
+        setup.compare(&image).await;
+        let mut jobs: Vec<Job<'_>> = Vec::new();
+        for cluster in 0..16usize {
+            for part in 0..32usize {
+                let byte = (cluster * 32 + part) as u8 | 1;
+                let at = cluster * 65536 + part * 2048 + 512;
+                setup.model[at..at + 512].fill(byte);
+                jobs.push(Box::pin(image.write(IoBuf::from_vec(vec![byte; 512]), at as u64)));
+            }
+        }
+        all(jobs).await;
+        setup.compare(&image).await;
+        image.close().await.unwrap();
+    });
+    setup.judge_by_qemu();
+}
