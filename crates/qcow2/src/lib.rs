@@ -30,4 +30,4 @@ pub use create::{Layout, Preallocation, create};
 pub use error::Error;
 pub use header::{Compression, Extension, Header};
 pub use image::{Access, Backing, Extent, Mapping, Options, Qcow2, Resolved};
-pub use snapshot::Snapshot;
+pub use snapshot::{Snapshot, read_snapshots};

@@ -21,6 +21,7 @@ pub(crate) mod tree;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use zbdkit_io::File;
 use zbdkit_spec::qcow2::{MAX_L1_BYTES, MAX_SNAPSHOTS, OFLAG_COPIED};
 
 use crate::error::Error;
@@ -68,8 +69,7 @@ impl Qcow2 {
     /// [`Error::Invalid`] and [`Error::Truncated`] where the table cannot be.
     pub async fn snapshots(&self) -> Result<Vec<Snapshot>, Error> {
         let header = self.lock().await.header.clone();
-        let list = table::read(&self.file, &header).await?;
-        Ok(list.entries.into_iter().map(|entry| entry.snapshot).collect())
+        read_snapshots(&self.file, &header).await
     }
 
     /// The id that the next snapshot will have.
@@ -350,6 +350,15 @@ impl Qcow2 {
         l1.resize(header.l1_entries_for(size).max(1) as usize, 0);
         Ok(l1_uncopied(&l1))
     }
+}
+
+/// The snapshots of an image that need not be open: backing and data files are not looked for.
+///
+/// # Errors
+/// [`Error::Invalid`] and [`Error::Truncated`] where the table cannot be.
+pub async fn read_snapshots(file: &File, header: &Header) -> Result<Vec<Snapshot>, Error> {
+    let list = table::read(file, header).await?;
+    Ok(list.entries.into_iter().map(|entry| entry.snapshot).collect())
 }
 
 fn flag_for(count: u64) -> u64 {

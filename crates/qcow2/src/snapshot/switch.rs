@@ -3,7 +3,6 @@
 //!
 //! A power cut finds either all that was before or all that is new, and clusters that are counted too often at worst.
 
-use std::collections::HashSet;
 use std::sync::PoisonError;
 
 use zbdkit_spec::qcow2::OFLAG_COPIED;
@@ -65,20 +64,17 @@ impl Qcow2 {
         list: &Table,
     ) -> Result<Fixed<'a>, Error> {
         let header = meta.header.clone();
-        let mut clusters: HashSet<u64> = HashSet::from([0]);
-        clusters.extend(tables.clusters_of(header.l1_offset, 8 * u64::from(header.l1_size)));
-        clusters.extend(tables.clusters_of(header.snapshots_offset, list.len));
-        for entry in &list.entries {
-            let (offset, size) = (entry.snapshot.l1_offset, entry.snapshot.l1_size);
-            clusters.extend(tables.clusters_of(offset, 8 * u64::from(size)));
-        }
+        let cluster = |offset: u64| tables.clusters_of(offset, 1);
+        let mut clusters = vec![
+            cluster(0),
+            tables.clusters_of(header.l1_offset, 8 * u64::from(header.l1_size)),
+            tables.clusters_of(header.snapshots_offset, list.len),
+        ];
+        clusters.extend(list.l1s().map(|(offset, len)| tables.clusters_of(offset, len)));
         let refcounts = meta.refcounts()?;
-        clusters.extend(refcounts.table());
-        clusters.extend(refcounts.blocks().map(|offset| offset >> self.cluster_bits));
-        Ok(Fixed {
-            image: self,
-            clusters,
-        })
+        clusters.push(refcounts.table());
+        clusters.extend(refcounts.blocks().map(cluster));
+        Ok(Fixed::new(self, clusters))
     }
 
     /// Lowers the counts of all that an L1 table reaches, which nothing names that way any more, and frees what that leaves

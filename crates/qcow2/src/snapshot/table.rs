@@ -5,7 +5,8 @@
 
 use zbdkit_io::File;
 use zbdkit_spec::qcow2::{
-    MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOTS, MAX_SNAPSHOTS_BYTES, SnapshotEntry, SnapshotExtra,
+    MAX_CLUSTER_OFFSET, MAX_L1_BYTES, MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOTS, MAX_SNAPSHOTS_BYTES, SnapshotEntry,
+    SnapshotExtra,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -37,6 +38,19 @@ pub struct Table {
     pub entries: Vec<Entry>,
     /// Bytes of the table in the file.
     pub len: u64,
+}
+
+impl Table {
+    /// Offset and length in bytes of the snapshots' L1 tables, as far as there can be such tables.
+    pub fn l1s(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let l1 = |entry: &Entry| (entry.snapshot.l1_offset, 8 * u64::from(entry.snapshot.l1_size));
+        self.entries.iter().map(l1).filter(|(offset, len)| {
+            *len <= MAX_L1_BYTES
+                && offset
+                    .checked_add(*len)
+                    .is_some_and(|end| end <= MAX_CLUSTER_OFFSET)
+        })
+    }
 }
 
 impl Entry {

@@ -47,12 +47,33 @@ pub enum Change {
 /// Clusters that no L1 table may reach.
 pub struct Fixed<'a> {
     /// Knows all metadata, L2 tables too, which are no data.
-    pub image: &'a Qcow2,
-    /// Metadata other than L2 tables.
-    pub clusters: HashSet<u64>,
+    image: &'a Qcow2,
+    /// Metadata other than L2 tables, sorted.
+    clusters: Vec<Range<u64>>,
 }
 
-impl Fixed<'_> {
+impl<'a> Fixed<'a> {
+    /// Puts ranges in order, however many there are and wherever they overlap.
+    pub fn new(image: &'a Qcow2, mut clusters: Vec<Range<u64>>) -> Fixed<'a> {
+        clusters.sort_unstable_by_key(|run| run.start);
+        let mut sorted: Vec<Range<u64>> = Vec::new();
+        for run in clusters {
+            match sorted.last_mut() {
+                Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
+                _ => sorted.push(run),
+            }
+        }
+        Fixed {
+            image,
+            clusters: sorted,
+        }
+    }
+
+    fn contains(&self, cluster: u64) -> bool {
+        let after = self.clusters.partition_point(|run| run.start <= cluster);
+        after > 0 && self.clusters[after - 1].contains(&cluster)
+    }
+
     /// What L2 entries name, none of it metadata.
     pub fn check(&self, tables: &Tables, entries: &[Entry]) -> Result<Vec<Run>, Error> {
         let runs = tables.runs(entries)?;
@@ -94,7 +115,7 @@ impl Tables {
 
     /// The clusters that `len` bytes touch.
     pub fn clusters_of(&self, offset: u64, len: u64) -> Range<u64> {
-        offset >> self.cluster_bits..(offset + len).div_ceil(self.cluster_size())
+        offset >> self.cluster_bits..offset.saturating_add(len).div_ceil(self.cluster_size())
     }
 
     /// Reads an L1 table of a snapshot.
@@ -218,7 +239,7 @@ impl Tables {
                     "an L1 table names the L2 table at {offset:#x} twice"
                 )));
             }
-            if fixed.clusters.contains(&cluster) {
+            if fixed.contains(cluster) {
                 return Err(Error::Corrupt(format!(
                     "an L1 table names an L2 table at {offset:#x}, where other metadata lies"
                 )));
