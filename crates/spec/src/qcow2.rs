@@ -456,14 +456,12 @@ const _: () = assert!(size_of::<SnapshotDirectory>() == 32);
 pub struct SnapshotZones {
     /// Id of the snapshot, padded with zeros.
     pub id: [u8; 32],
-    /// Where the snapshot's L1 table lies: an entry for another snapshot of that id is not believed.
-    pub l1_table_offset: U64,
     /// Where the table lies, in whole contiguous clusters, laid out like the area.
     pub offset: U64,
     /// Length of the table, bytes, without the rest of its last cluster.
     pub len: U64,
     /// Zero.
-    pub reserved: U64,
+    pub reserved: [u8; 16],
 }
 const _: () = assert!(size_of::<SnapshotZones>() == 64);
 
