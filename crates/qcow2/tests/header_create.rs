@@ -3,9 +3,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::{Arc, Mutex};
 
 use tempfile::TempDir;
-use zbdkit_io::{File, FileKind, Runtime, RuntimeOptions};
+use zbdkit_io::{File, FileKind, LocalBoxFuture, Runtime, RuntimeOptions, Storage, StorageOp};
 use zbdkit_qcow2::{Compression, Error, Header, Layout, Preallocation, create};
 
 /// `qemu-img` out of the rig's tree, run through the tree's own dynamic linker.
@@ -97,6 +98,56 @@ fn what_was_created_is_read_back() {
     assert_eq!((read.refcount_table_offset, read.l1_offset), (0x10000, 0x30000));
     assert_eq!(read.backing_format(), Some("raw"));
     assert!(read.lazy_refcounts() && read.extended_l2());
+}
+
+/// Keeps what is written, and the order of writes and syncs.
+#[derive(Default)]
+struct Recorder {
+    bytes: Mutex<Vec<u8>>,
+    order: Mutex<Vec<String>>,
+}
+
+impl Storage for Recorder {
+    fn submit(&self, op: StorageOp) -> LocalBoxFuture<'static, std::io::Result<()>> {
+        let mut bytes = self.bytes.lock().expect("not poisoned");
+        let done = match &op {
+            StorageOp::Write { buf, offset } => {
+                let range = *offset as usize..*offset as usize + buf.len();
+                bytes[range].copy_from_slice(&buf.to_vec());
+                format!("write {offset:#x}")
+            }
+            StorageOp::Sync => "sync".to_owned(),
+            other => panic!("{other:?} is not needed in an empty file"),
+        };
+        self.order.lock().expect("not poisoned").push(done);
+        Box::pin(async { Ok(()) })
+    }
+
+    fn len(&self) -> std::io::Result<u64> {
+        Ok(self.bytes.lock().expect("not poisoned").len() as u64)
+    }
+
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        self.bytes.lock().expect("not poisoned").resize(len as usize, 0);
+        Ok(())
+    }
+}
+
+#[test]
+fn the_header_is_written_last_over_synced_tables() {
+    let recorder = Arc::new(Recorder::default());
+    let file = File::custom(recorder.clone());
+    let layout = Layout {
+        size: 1 << 20,
+        ..Layout::default()
+    };
+    let made = runtime()
+        .block_on(create(&file, None, &layout))
+        .expect("it is made");
+    let order = recorder.order.lock().expect("not poisoned").join(", ");
+    assert_eq!(order, "write 0x10000, write 0x20000, sync, write 0x0, sync");
+    let bytes = recorder.bytes.lock().expect("not poisoned");
+    assert_eq!(Header::decode(&bytes, bytes.len() as u64), Ok(made));
 }
 
 #[test]
