@@ -161,7 +161,7 @@ impl Qcow2 {
         self.metadata
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert(new);
+            .extend([new]);
         if let Some(table) = old {
             meta.free(table >> self.cluster_bits..(table >> self.cluster_bits) + 1);
         }
@@ -171,7 +171,7 @@ impl Qcow2 {
     /// Tables of the active L1 are known as metadata; one that is not appeared behind our back.
     fn l1_is_unnamed(&self, table: u64) -> bool {
         let metadata = self.metadata.read().unwrap_or_else(PoisonError::into_inner);
-        !metadata.contains(&(table >> self.cluster_bits))
+        !metadata.contains(table >> self.cluster_bits)
     }
 
     /// Changes one L1 entry.

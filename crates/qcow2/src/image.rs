@@ -14,8 +14,9 @@ use crate::compress;
 use crate::error::Error;
 use crate::grace::{Grace, Pin};
 use crate::header::{Compression, Header};
-use crate::l2::{ClusterSet, Codec, Entries, Entry, Kind, L2Cache, SUBCLUSTERS};
+use crate::l2::{Codec, Entries, Entry, Kind, L2Cache, SUBCLUSTERS};
 use crate::lock::{AsyncGuard, AsyncMutex, RangeLocks, lock};
+use crate::metadata::Metadata;
 use crate::refcounts::Refcounts;
 pub(crate) use crate::sectors::{
     Sectors, file_len, own_table, prepare, read_at, replace_header, words, write_at,
@@ -119,7 +120,7 @@ pub struct Qcow2 {
     pub(crate) grace: Grace,
     pub(crate) ranges: RangeLocks,
     /// Clusters that hold metadata, which no data may be written to.
-    pub(crate) metadata: RwLock<ClusterSet>,
+    pub(crate) metadata: RwLock<Metadata>,
     /// No data of the image lies past it: the end of the file, as far as it is known, in bytes.
     pub(crate) end: AtomicU64,
     meta: AsyncMutex<Meta>,
@@ -243,40 +244,56 @@ impl Qcow2 {
         Ok(image)
     }
 
-    /// Notes every cluster that holds metadata.
+    /// Notes every cluster that holds metadata, and refuses an image two of whose tables share one.
     async fn find_metadata(&self, areas: &[(Range<u64>, &'static str)]) -> Result<(), Error> {
-        let snapshots = self.snapshots().await?;
         let mut meta = self.lock().await;
-        let (header, cluster) = (meta.header.clone(), self.cluster_size());
-        let mut found = ClusterSet::default();
-        let mut add = |offset: u64, bytes: u64| {
-            let first = offset >> self.cluster_bits;
-            found.extend(first..(offset.saturating_add(bytes)).div_ceil(cluster).max(first));
-        };
-        add(0, cluster);
-        add(header.l1_offset, 8 * u64::from(header.l1_size));
-        self.with_l1(|l1| {
-            for entry in l1.iter().filter(|entry| *entry & L1E_OFFSET_MASK != 0) {
-                add(entry & L1E_OFFSET_MASK, cluster);
+        let header = meta.header.clone();
+        let snapshots = crate::snapshot::table::read(&self.file, &header).await?;
+        let end = self
+            .file
+            .len()
+            .map_err(|e| Error::io("finding the file's size", &e))?;
+        let mut found = Metadata::default();
+        let mut add = |offset: u64, bytes: u64, what: &'static str| {
+            let run = offset >> self.cluster_bits..offset.saturating_add(bytes).div_ceil(self.cluster_size());
+            if bytes > 0 && offset >= end {
+                return Err(Error::Truncated {
+                    what,
+                    offset,
+                    len: end,
+                });
             }
-        });
+            found.add(run).map_err(|cluster| {
+                Error::Corrupt(format!(
+                    "{what} at {offset:#x} overlaps other metadata in cluster {cluster}"
+                ))
+            })
+        };
+        add(0, self.cluster_size(), "the header")?;
+        add(header.l1_offset, 8 * u64::from(header.l1_size), "the L1 table")?;
+        add(header.snapshots_offset, snapshots.len, "the snapshot table")?;
+        for (range, what) in areas {
+            add(range.start, range.end - range.start, what)?;
+        }
+        for (offset, bytes) in snapshots.l1s() {
+            add(offset, bytes, "a snapshot's L1 table")?;
+        }
         let refcounts = meta.refcounts()?;
         let table = refcounts.table();
-        add(
-            table.start << self.cluster_bits,
-            (table.end - table.start) << self.cluster_bits,
-        );
-        refcounts.blocks().for_each(|offset| add(offset, cluster));
-        for snapshot in snapshots {
-            add(snapshot.l1_offset, 8 * u64::from(snapshot.l1_size));
+        let bytes = (table.end - table.start) << self.cluster_bits;
+        add(table.start << self.cluster_bits, bytes, "the refcount table")?;
+        for offset in refcounts.blocks() {
+            add(offset, self.cluster_size(), "a refcount block")?;
         }
-        if header.nb_snapshots != 0 {
-            // Its end is known to `snapshots`; its beginning is enough to keep everything else off it.
-            add(header.snapshots_offset, 1);
-        }
-        for (range, _) in areas {
-            add(range.start, range.end - range.start);
-        }
+        self.with_l1(|l1| {
+            let tables = l1
+                .iter()
+                .map(|entry| entry & L1E_OFFSET_MASK)
+                .filter(|offset| *offset != 0);
+            tables
+                .into_iter()
+                .try_for_each(|offset| add(offset, self.cluster_size(), "an L2 table"))
+        })?;
         *self.metadata.write().unwrap_or_else(PoisonError::into_inner) = found;
         Ok(())
     }
@@ -393,7 +410,7 @@ impl Qcow2 {
         }
         let metadata = self.metadata.read().unwrap_or_else(PoisonError::into_inner);
         let mut clusters = offset >> self.cluster_bits..=(offset + len.max(1) - 1) >> self.cluster_bits;
-        let hit = clusters.find(|cluster| metadata.contains(cluster))?;
+        let hit = clusters.find(|cluster| metadata.contains(*cluster))?;
         Some(format!("cluster {hit} of the file, which holds metadata"))
     }
 

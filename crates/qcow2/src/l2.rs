@@ -3,7 +3,7 @@
 //! The cache is written through: an entry changes in the file first, then here. So nothing in it is ever dirty, and what
 //! is not in it can be read from the file at any time.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -348,9 +348,6 @@ impl Entries<'_> {
         self.words.len() / self.codec.words()
     }
 }
-
-/// A set of clusters.
-pub type ClusterSet = HashSet<u64, BuildHasherDefault<Mix>>;
 
 /// Numbers of slices and clusters need no more than to be spread.
 #[derive(Default)]

@@ -15,6 +15,7 @@ mod header;
 mod image;
 mod l2;
 mod lock;
+mod metadata;
 mod pack;
 mod refcounts;
 mod resize;

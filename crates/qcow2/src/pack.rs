@@ -71,6 +71,12 @@ impl Qcow2 {
             let new = self.take(meta, 1).await?.start;
             meta.packing = new << self.cluster_bits..(new + 1) << self.cluster_bits;
         }
+        if meta.packing.start + len > compress::offset_limit(self.cluster_bits) {
+            return Err(Error::Unsupported(format!(
+                "compressed clusters cannot lie past {} in the file",
+                compress::offset_limit(self.cluster_bits)
+            )));
+        }
         let at = meta.packing.start;
         meta.packing.start += len;
         Ok(at)

@@ -58,11 +58,7 @@ impl Qcow2 {
         meta.grow = (meta.grow * 2).min(MAX_REFILL);
         let is_taken = |range: &Range<u64>| {
             let metadata = self.metadata.read().unwrap_or_else(PoisonError::into_inner);
-            let hit = if (metadata.len() as u64) < range.end - range.start {
-                metadata.iter().copied().find(|cluster| range.contains(cluster))
-            } else {
-                range.clone().find(|cluster| metadata.contains(cluster))
-            };
+            let hit = metadata.within(range);
             hit.map(|cluster| format!("metadata (cluster {cluster})"))
         };
         let allocated = meta.refcounts()?.allocate(need, preferred, &is_taken).await;
@@ -95,9 +91,7 @@ impl Qcow2 {
 
     fn forget_metadata(&self, run: &Range<u64>) {
         let mut metadata = self.metadata.write().unwrap_or_else(PoisonError::into_inner);
-        for cluster in run.clone() {
-            metadata.remove(&cluster);
-        }
+        metadata.remove(run);
     }
 
     /// Frees what nothing names any more: syncs the removal, waits for requests that may know it, lowers the counts,
@@ -111,6 +105,10 @@ impl Qcow2 {
         let mut pending = std::mem::take(&mut meta.pending);
         pending.sort_unstable_by_key(|run| run.start);
         for run in pending {
+            if run.contains(&(meta.packing.end.saturating_sub(1) >> self.cluster_bits)) {
+                // Its cluster may be somebody else's from now on.
+                meta.packing = 0..0;
+            }
             let lowered = meta.refcounts()?.add(run.clone(), -1).await;
             self.note(lowered)?;
             for free in self.unused(meta, run).await? {
@@ -204,20 +202,6 @@ impl Qcow2 {
             }
         }
         self.free_metadata(&mut meta, run);
-        Ok(())
-    }
-
-    /// A table that an extension names is metadata from now on. Fails where it overlaps other metadata.
-    pub fn adopt_area(&self, area: Range<u64>, what: &'static str) -> Result<(), Error> {
-        let run = area.start >> self.cluster_bits..area.end.div_ceil(self.cluster_size());
-        let mut metadata = self.metadata.write().unwrap_or_else(PoisonError::into_inner);
-        let within = |cluster: &&u64| run.contains(*cluster);
-        if let Some(cluster) = metadata.iter().find(within) {
-            return Err(Error::Corrupt(format!(
-                "{what} overlaps other metadata in cluster {cluster}"
-            )));
-        }
-        metadata.extend(run);
         Ok(())
     }
 }
