@@ -135,7 +135,7 @@ pub async fn create(host: &Arc<dyn Host>, options: &CreateOptions) -> Result<Cre
 }
 
 /// Removes a file that nobody uses.
-fn replace(host: &Arc<dyn Host>, path: &Path) -> Result<(), OpenError> {
+pub(crate) fn replace(host: &Arc<dyn Host>, path: &Path) -> Result<(), OpenError> {
     let failed = |error: HostError| host_error(path, "cannot be replaced", error);
     drop(host.open(path, &FileOptions::existing(false)).map_err(failed)?);
     host.remove(path).map_err(|e| failed(e.into()))

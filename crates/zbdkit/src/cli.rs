@@ -2,7 +2,9 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::verbs::{completions, create, info, io, man, report, serve, set_zone, zones};
+use crate::verbs::{
+    compare, completions, convert, create, info, io, man, map, report, serve, set_zone, zones,
+};
 
 /// Makes zoned block devices and attaches them to virtual machines
 ///
@@ -51,6 +53,9 @@ Environment:
 pub enum Verb {
     Create(create::Create),
     Info(info::Info),
+    Convert(convert::Convert),
+    Compare(compare::Compare),
+    Map(map::Map),
     Report(report::Report),
     Io(io::Io),
     /// Reset zones: they are empty again

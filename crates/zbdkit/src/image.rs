@@ -1,15 +1,17 @@
 //! How the verbs name and open an image.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use zbdkit_block::{Device, Graph, Host, OpenOptions, OsHost, RunStateMode, default_sidecar};
+use zbdkit_block::{Device, Graph, Host, OpenOptions, OsHost, RunStateMode, default_sidecar, did_you_mean};
 use zbdkit_io::{Runtime, RuntimeOptions};
 use zbdkit_zone::Engine;
+
+use crate::output::Usage;
 
 /// The image argument.
 #[derive(Clone, Debug, Args)]
@@ -26,12 +28,48 @@ pub struct ImageArgs {
 impl ImageArgs {
     /// The graph that IMAGE describes.
     pub fn graph(&self) -> anyhow::Result<Graph> {
-        let graph = match (self.image.to_str(), self.image_opts) {
-            (Some(text), true) => Graph::parse_options(text),
-            (Some(text), false) => Graph::parse(text),
-            (None, _) => Ok(Graph::from_path(&self.image)),
-        };
-        graph.with_context(|| format!("{}", self.image.display()))
+        graph_of(&self.image, self.image_opts)
+    }
+
+    /// The same, of a format that the user may have said with `-f`.
+    pub fn graph_as(&self, format: Option<&str>) -> anyhow::Result<Graph> {
+        graph_as(&self.image, self.image_opts, format)
+    }
+}
+
+/// The graph that a name describes.
+pub fn graph_of(image: &OsStr, image_opts: bool) -> anyhow::Result<Graph> {
+    let graph = match (image.to_str(), image_opts) {
+        (Some(text), true) => Graph::parse_options(text),
+        (Some(text), false) => Graph::parse(text),
+        (None, _) => Ok(Graph::from_path(image)),
+    };
+    graph.with_context(|| format!("{}", image.display()))
+}
+
+/// The graph that a name describes, of a format that the user may have said.
+pub fn graph_as(image: &OsStr, image_opts: bool, format: Option<&str>) -> anyhow::Result<Graph> {
+    match format {
+        None => graph_of(image, image_opts),
+        Some(_) if image_opts => {
+            Err(Usage("a format is said with --image-opts already: write driver=FORMAT,... there".into()).into())
+        }
+        Some("raw") => raw_graph(Path::new(image)),
+        Some("qcow2") => {
+            let filename = image
+                .to_str()
+                .context("a path that is not UTF-8 cannot be opened with -f qcow2")?;
+            let json = serde_json::json!({
+                "driver": "qcow2",
+                "file": { "driver": "file", "filename": filename },
+            });
+            Ok(Graph::parse_json(&json.to_string())?)
+        }
+        Some(other) => Err(Usage(format!(
+            "format {other:?} is not known{}; formats are raw, qcow2",
+            did_you_mean(other, &["raw", "qcow2"])
+        ))
+        .into()),
     }
 }
 

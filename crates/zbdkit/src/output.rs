@@ -65,6 +65,11 @@ pub fn explain(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// Whether an error is the command line's.
+pub fn is_usage(error: &anyhow::Error) -> bool {
+    error.is::<Usage>()
+}
+
 /// Writes a line of ours to stderr, if there is one.
 pub fn complain(message: impl std::fmt::Display) {
     let _ = writeln!(io::stderr(), "zbdkit: {message}");

@@ -11,7 +11,7 @@ use zbdkit_io::IoBuf;
 use zbdkit_zone::{ZoneNo, ZoneRecord, ZoneType};
 
 use super::zones::{install, misfit};
-use super::{CHUNK, Progress, ToolError, fetch};
+use super::{CHUNK, Progress, ToolError, fetch, store, zero};
 use crate::device::Device;
 use crate::node::Lane;
 
@@ -165,11 +165,7 @@ impl<'a> Commit<'a> {
             let (len, layer) = self.layer(at, range.end - at).await?;
             match layer {
                 Layer::Below => {}
-                Layer::Zeros => {
-                    let lane = Lane::new(None, 0);
-                    let zeroed = self.base.below().write_zeroes(&lane, at, len, true).await;
-                    zeroed.map_err(ToolError::request("writing zeros to the base", at))?;
-                }
+                Layer::Zeros => zero(self.base, at..at + len).await?,
                 Layer::Bytes(device) => self.copy_bytes(device, at..at + len).await?,
             }
             at += len;
@@ -179,12 +175,10 @@ impl<'a> Commit<'a> {
     }
 
     async fn copy_bytes(&self, device: &Device, range: Range<u64>) -> Result<(), ToolError> {
-        let lane = Lane::new(None, 0);
         for at in range.clone().step_by(CHUNK as usize) {
             let buf = self.buf.slice(0..(range.end - at).min(CHUNK) as usize);
             fetch(device.below(), &buf, at).await?;
-            let written = self.base.below().write(&lane, buf, at).await;
-            written.map_err(ToolError::request("writing the base", at))?;
+            store(self.base, buf, at).await?;
             (self.progress)(at, self.size);
         }
         Ok(())

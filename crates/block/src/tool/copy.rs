@@ -10,11 +10,9 @@ use super::bytes::{data_runs, differing_clusters, first_difference, is_zero};
 use super::work::{Turns, Worker, all};
 use super::zones::{Plan, ZoneEnds};
 use super::{
-    CHUNK, Contents, CopiedZones, Progress, ToolError, cluster_size, compress, compressor, fetch,
-    format_error,
+    CHUNK, Contents, CopiedZones, Progress, ToolError, cluster_size, compress, fetch, format_error, qcow2, store,
 };
 use crate::device::Device;
-use crate::node::Lane;
 
 /// What the target of a copy reads as where nothing was copied yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +86,7 @@ pub async fn copy(
         .collect();
     all(workers).await?;
     if options.target != TargetHolds::Zeros && size < room {
-        copy.zero(size..room).await?;
+        super::zero(target, size..room).await?;
     }
     let zones = plan.install(source, target, copy.ends.into_inner()).await?;
     let lane = target.lane(0);
@@ -143,7 +141,7 @@ impl<'a> Copy<'a> {
         }
         let compressor = if options.compress {
             let refused = || ToolError::Refused("Compression not supported for this file format".into());
-            Some(compressor(target).ok_or_else(refused)?)
+            Some(qcow2(target).ok_or_else(refused)?)
         } else {
             None
         };
@@ -354,12 +352,8 @@ impl<'a> Copy<'a> {
         }
         for change in changes {
             match change {
-                Change::Zeros(range) => self.zero(range).await?,
-                Change::Bytes(at, buf) => {
-                    let lane = Lane::new(None, 0);
-                    let written = self.target.below().write(&lane, buf, at).await;
-                    written.map_err(ToolError::request("writing the target", at))?;
-                }
+                Change::Zeros(range) => super::zero(self.target, range).await?,
+                Change::Bytes(at, buf) => store(self.target, buf, at).await?,
                 Change::Compressed(clusters) => {
                     if let Some(qcow2) = self.compressor {
                         let written = qcow2.write_packed(clusters).await.map_err(format_error);
@@ -371,13 +365,6 @@ impl<'a> Copy<'a> {
         self.turns.pass(end);
         (self.progress)(self.turns.done(), self.size);
         Ok(true)
-    }
-
-    async fn zero(&self, range: Range<u64>) -> Result<(), ToolError> {
-        let (at, len) = (range.start, range.end - range.start);
-        let lane = Lane::new(None, 0);
-        let zeroed = self.target.below().write_zeroes(&lane, at, len, true).await;
-        zeroed.map_err(ToolError::request("writing zeros to the target", at))
     }
 
     /// Notes that there is data in parts of a buffer that belongs at `at`, where zones are filled.

@@ -9,6 +9,7 @@ mod commit;
 mod compare;
 mod copy;
 mod rebase;
+mod target;
 mod work;
 mod zones;
 
@@ -16,6 +17,7 @@ pub use commit::commit;
 pub use compare::{CompareOptions, Compared, Difference, compare};
 pub use copy::{CopyOptions, TargetHolds, copy};
 pub use rebase::rebase;
+pub use target::{check_zones, clear_table, create_plain, remove_target};
 pub use zones::CopiedZones;
 
 use std::ops::Range;
@@ -68,9 +70,32 @@ async fn fetch(node: &dyn Node, buf: &IoBuf, offset: u64) -> Result<(), ToolErro
     read.map_err(ToolError::request("reading", offset))
 }
 
+/// Writes bytes into an image below its zones. A qcow2 image is written directly: the node over it would give zones
+/// space ahead of a guest that fills them.
+async fn store(device: &Device, buf: IoBuf, offset: u64) -> Result<(), ToolError> {
+    let written = match qcow2(device) {
+        Some(image) => image.write(buf, offset).await.map_err(format_error),
+        None => device.below().write(&Lane::new(None, 0), buf, offset).await,
+    };
+    written.map_err(ToolError::request("writing", offset))
+}
+
+/// Makes a range of an image read as zeros, below its zones.
+async fn zero(device: &Device, range: Range<u64>) -> Result<(), ToolError> {
+    let (offset, len) = (range.start, range.end - range.start);
+    let zeroed = match qcow2(device) {
+        Some(image) => image.write_zeroes(offset, len, true).await.map_err(format_error),
+        None => {
+            let lane = Lane::new(None, 0);
+            device.below().write_zeroes(&lane, offset, len, true).await
+        }
+    };
+    zeroed.map_err(ToolError::request("writing zeros", offset))
+}
+
 /// The clusters of an image that has some.
 fn cluster_size(device: &Device) -> u64 {
-    compressor(device).map_or(4096, Qcow2::cluster_size)
+    qcow2(device).map_or(4096, Qcow2::cluster_size)
 }
 
 /// What an image reads as, whatever conditions its zones are in; zeros past its end.
@@ -139,7 +164,7 @@ impl<'a> Contents<'a> {
 // Until crates/qcow2 and the node over it have these.
 
 /// The qcow2 image that an image's bytes lie in.
-fn compressor(_: &Device) -> Option<&Qcow2> {
+fn qcow2(_: &Device) -> Option<&Qcow2> {
     None
 }
 

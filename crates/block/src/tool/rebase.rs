@@ -5,9 +5,8 @@ use std::ops::Range;
 use zbdkit_io::IoBuf;
 
 use super::bytes::{differing_clusters, is_zero};
-use super::{CHUNK, Contents, Progress, ToolError, cluster_size};
+use super::{CHUNK, Contents, Progress, ToolError, cluster_size, store, zero};
 use crate::device::Device;
-use crate::node::Lane;
 
 /// Copies into `overlay` what it has from its backing image now and would read differently over `new` (over nothing if
 /// `None`), cluster by cluster. Durable when this returns; the overlay's header is then to be changed. Says how many
@@ -98,14 +97,10 @@ impl Rebase<'_> {
     }
 
     async fn write(&self, at: u64, buf: IoBuf) -> Result<(), ToolError> {
-        let lane = Lane::new(None, 0);
-        let below = self.overlay.below();
-        let len = buf.len() as u64;
-        let written = if is_zero(&buf) {
-            below.write_zeroes(&lane, at, len, true).await
+        if is_zero(&buf) {
+            zero(self.overlay, at..at + buf.len() as u64).await
         } else {
-            below.write(&lane, buf, at).await
-        };
-        written.map_err(ToolError::request("writing the image", at))
+            store(self.overlay, buf, at).await
+        }
     }
 }

@@ -1,10 +1,13 @@
 //! The verbs.
 
+pub mod compare;
 pub mod completions;
+pub mod convert;
 pub mod create;
 pub mod info;
 pub mod io;
 pub mod man;
+pub mod map;
 pub mod report;
 pub mod serve;
 pub mod set_zone;
@@ -21,6 +24,9 @@ pub fn run(verb: Verb) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::Create(args) => create::run(args),
         Verb::Info(args) => info::run(&args),
+        Verb::Convert(args) => convert::run(&args),
+        Verb::Compare(args) => return compare::run(&args),
+        Verb::Map(args) => map::run(&args),
         Verb::Report(args) => report::run(&args),
         Verb::Io(args) => return io::run(&args),
         Verb::Reset(args) => zones::run(Op::Reset, &args),

@@ -1,12 +1,12 @@
 //! `zbdkit create`: makes an image, most often of empty zones.
 
-mod options;
-mod qcow2;
+pub mod options;
+pub mod qcow2;
 
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use zbdkit_block::{CreateError, CreateOptions, Created, default_sidecar, did_you_mean, format_size};
+use zbdkit_block::{CreateError, CreateOptions, Created, default_sidecar, format_size};
 use zbdkit_zone::{GeometryError, GeometrySpec};
 
 use crate::args;
@@ -143,7 +143,7 @@ JSON:
 
 pub fn run(args: Create) -> anyhow::Result<()> {
     let mut out = Out::new();
-    let format = format_of(&args)?;
+    let format = Format::of(args.format.as_deref(), &args.path)?;
     if options::asks_for_help(&args.options) {
         options::print_help(&mut out, format)?;
         return out.flush();
@@ -154,21 +154,6 @@ pub fn run(args: Create) -> anyhow::Result<()> {
         Format::Qcow2 => qcow2_image(&mut out, &args, &asked)?,
     }
     out.flush()
-}
-
-/// What was said, or what the name says.
-fn format_of(args: &Create) -> anyhow::Result<Format> {
-    match args.format.as_deref() {
-        Some("raw") => Ok(Format::Raw),
-        Some("qcow2") => Ok(Format::Qcow2),
-        None if args.path.extension().is_some_and(|suffix| suffix == "qcow2") => Ok(Format::Qcow2),
-        None => Ok(Format::Raw),
-        Some(other) => Err(Usage(format!(
-            "format {other:?} is not known{}; formats are raw, qcow2",
-            did_you_mean(other, &["raw", "qcow2"])
-        ))
-        .into()),
-    }
 }
 
 /// What `-o` and the flags say, in one place.

@@ -1,6 +1,7 @@
 //! The options of `-o` by QEMU's names, and our own flags as other spellings of the same.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use zbdkit_block::did_you_mean;
 
@@ -15,6 +16,21 @@ pub enum Format {
 }
 
 impl Format {
+    /// What was said, or what the name says.
+    pub fn of(said: Option<&str>, path: &Path) -> anyhow::Result<Format> {
+        match said {
+            Some("raw") => Ok(Format::Raw),
+            Some("qcow2") => Ok(Format::Qcow2),
+            None if path.extension().is_some_and(|suffix| suffix == "qcow2") => Ok(Format::Qcow2),
+            None => Ok(Format::Raw),
+            Some(other) => Err(Usage(format!(
+                "format {other:?} is not known{}; formats are raw, qcow2",
+                did_you_mean(other, &["raw", "qcow2"])
+            ))
+            .into()),
+        }
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
