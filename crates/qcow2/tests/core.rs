@@ -9,7 +9,7 @@ use std::task::Poll;
 
 use support::qemu::Qemu;
 use support::{Rng, block_on, open_file};
-use zbdkit_io::{File, IoBuf, LocalBoxFuture};
+use zbdkit_io::{File, FileKind, IoBuf, LocalBoxFuture};
 use zbdkit_qcow2::{Backing, Error, Header, Layout, Mapping, Options, Preallocation, Qcow2, create};
 
 type Job<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + 'a>>;
@@ -47,6 +47,8 @@ impl Backing for Below {
 }
 
 struct Setup {
+    /// Every request is a multiple of it, and where it is more than 512, so must be all I/O of the image.
+    unit: usize,
     dir: tempfile::TempDir,
     layout: Layout,
     model: Vec<u8>,
@@ -81,6 +83,7 @@ impl Setup {
         let file = open_file(&dir.path().join("image.qcow2"));
         block_on(create(&file, data.as_ref(), &layout)).unwrap();
         Setup {
+            unit: 512,
             dir,
             backing: backing_len > 0,
             layout,
@@ -88,8 +91,23 @@ impl Setup {
         }
     }
 
+    fn file(&self, name: &str) -> File {
+        if self.unit == 512 {
+            return open_file(&self.dir.path().join(name));
+        }
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(self.dir.path().join(name))
+            .unwrap();
+        let kind = FileKind {
+            direct_align: Some(self.unit as u32),
+        };
+        File::from_fd(file.into(), kind)
+    }
+
     async fn open(&self, read_only: bool) -> Qcow2 {
-        let file = open_file(&self.dir.path().join("image.qcow2"));
+        let file = self.file("image.qcow2");
         let header = Header::read(&file).await.unwrap();
         let backing: Option<Arc<dyn Backing>> = self.backing.then(|| {
             let file = open_file(&self.dir.path().join("below.raw"));
@@ -113,17 +131,14 @@ impl Setup {
 
     /// Requests that do not touch each other, all at once.
     async fn batch(&mut self, image: &Qcow2, rng: &mut Rng) {
-        let slots = 8;
-        let slot = self.model.len() / slots / 512 * 512;
+        let (slots, unit) = (8, self.unit);
+        let slot = self.model.len() / slots / unit * unit;
         let mut jobs: Vec<Job<'_>> = Vec::new();
         for index in 0..slots {
             let base = index * slot;
-            let offset = base + rng.below(slot as u64 / 512) as usize * 512;
-            let most = (base + slot - offset).min(4 * self.layout.cluster_size as usize);
-            let len = 512
-                * (1 + rng.below((most as u64 / 512).max(1)) as usize)
-                    .min(most / 512)
-                    .max(1);
+            let offset = base + rng.below((slot / unit) as u64) as usize * unit;
+            let most = (base + slot - offset).min(4 * self.layout.cluster_size as usize) / unit;
+            let len = unit * (1 + rng.below(most as u64) as usize);
             let at = offset as u64;
             match rng.below(8) {
                 0..=3 => {
@@ -188,8 +203,13 @@ impl Setup {
 }
 
 fn run(name: &str, layout: Layout, backing: usize, seed: u64) {
+    run_in_units(name, layout, backing, seed, 512);
+}
+
+fn run_in_units(name: &str, layout: Layout, backing: usize, seed: u64, unit: usize) {
     let mut rng = Rng(seed);
     let mut setup = Setup::new(layout, backing, &mut rng);
+    setup.unit = unit;
     println!("{name} seed {seed}");
     block_on(async {
         for _ in 0..3 {
@@ -238,6 +258,12 @@ fn every_refcount_width_counts() {
             run("width", layout, 0, 100 + u64::from(order));
         }
     }
+}
+
+#[test]
+fn all_io_is_as_aligned_as_direct_io_wants_it() {
+    run_in_units("direct", layout(4096, 2 << 20), 0, 500, 4096);
+    run_in_units("direct", layout(65536, 4 << 20), 1 << 20, 501, 4096);
 }
 
 #[test]
