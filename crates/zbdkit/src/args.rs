@@ -1,5 +1,6 @@
 //! Numbers and names on the command line.
 
+use clap::ValueEnum;
 use zbdkit_block::parse_size;
 use zbdkit_qcow2::Preallocation;
 
@@ -18,6 +19,15 @@ pub fn count(text: &str) -> Result<u32, String> {
     parse_size(text)
         .and_then(|number| u32::try_from(number).ok())
         .ok_or_else(|| "not a number below 2^32".to_owned())
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OutputArg {
+    /// For people
+    Human,
+    /// For programs
+    Json,
 }
 
 /// What gets its space at once.

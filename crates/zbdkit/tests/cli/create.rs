@@ -83,7 +83,10 @@ fn wrong_options_are_usage_errors_that_name_the_near_one() {
             "zone.sise is not known (did you mean \"zone.size\"?)",
         ),
         (&["-o", "zone.size=big"], "-o zone.size=big: not a size"),
-        (&["-o", "zone.mode=random"], "modes are host-managed, host-aware"),
+        (
+            &["-o", "zone.mode=random"],
+            "-o zone.mode=random: expected one of host-managed, host-aware",
+        ),
         (&["-o", "zone.size"], "write zone.size=VALUE"),
         (
             &["-o", "zone.size=64M", "--zone-size", "64M"],

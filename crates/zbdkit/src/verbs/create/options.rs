@@ -43,6 +43,8 @@ impl Format {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Text,
+    /// One of these words.
+    Word(&'static [&'static str]),
     Size,
     Count,
     Switch,
@@ -100,13 +102,13 @@ const KNOWN: &[Known] = &[
     ),
     known(
         "compat",
-        Kind::Text,
+        Kind::Word(&["0.10", "v2", "1.1", "v3"]),
         In::Qcow2Only,
         "version of the format: 0.10 (v2) or 1.1 (v3) [1.1]",
     ),
     known(
         "compression_type",
-        Kind::Text,
+        Kind::Word(&["zlib", "zstd"]),
         In::Qcow2Only,
         "of compressed clusters: zlib or zstd [zlib]",
     ),
@@ -155,7 +157,7 @@ const KNOWN: &[Known] = &[
     ),
     known(
         "preallocation",
-        Kind::Text,
+        Kind::Word(&["off", "metadata", "falloc", "full"]),
         In::Qcow2Only,
         "space at once: off, metadata, falloc or full [off]",
     ),
@@ -204,7 +206,7 @@ const KNOWN: &[Known] = &[
     ),
     known(
         "zone.mode",
-        Kind::Text,
+        Kind::Word(&["host-managed", "host-aware", "none"]),
         In::Both,
         "host-managed, host-aware or (qcow2) none",
     ),
@@ -268,6 +270,10 @@ impl Asked {
             (Kind::Never(why), _) => return Err(wrong(why).into()),
             (_, None) => return Err(wrong(&format!("write {key}=VALUE")).into()),
             (Kind::Text, Some(text)) => Value::Text(text.to_owned()),
+            (Kind::Word(words), Some(text)) if words.contains(&text) => Value::Text(text.to_owned()),
+            (Kind::Word(words), Some(_)) => {
+                return Err(wrong(&format!("expected one of {}", words.join(", "))).into());
+            }
             (Kind::Size, Some(text)) => Value::Number(args::bytes(text).map_err(|e| wrong(&e))?),
             (Kind::Count, Some(text)) => Value::Number(args::count(text).map_err(|e| wrong(&e))?.into()),
         };
@@ -389,7 +395,7 @@ pub fn print_help(out: &mut Out, format: Format) -> anyhow::Result<()> {
     out.line(format_args!("Supported {} options:", format.name()))?;
     for known in KNOWN {
         let kind = match known.kind {
-            Kind::Text => "<str>",
+            Kind::Text | Kind::Word(_) => "<str>",
             Kind::Size => "<size>",
             Kind::Count => "<num>",
             Kind::Switch => "<bool (on/off)>",
@@ -475,6 +481,17 @@ mod tests {
             (Format::Qcow2, "encryption=on", "encrypted"),
             (Format::Qcow2, "encrypt.format=luks", "encrypted"),
             (Format::Qcow2, "refcount_bits=x", "not a number"),
+            (Format::Qcow2, "compat=v4", "expected one of 0.10, v2, 1.1, v3"),
+            (
+                Format::Qcow2,
+                "compression_type=foo",
+                "expected one of zlib, zstd",
+            ),
+            (
+                Format::Qcow2,
+                "preallocation=foo",
+                "expected one of off, metadata, falloc, full",
+            ),
         ] {
             let error = read(format, text).unwrap_err();
             assert!(error.contains(message), "{text}: {error}");
