@@ -4,11 +4,13 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use zbdkit_io::IoBuf;
+use zbdkit_qcow2::Qcow2;
 use zbdkit_zone::{Engine, Filter, ZoneInfo, ZoneNo, ZoneRecord};
 
 use crate::error::Error;
 use crate::limits::Limits;
 use crate::node::{Access, CrossZone, Lane, MapExtent, Node, ZoneOp};
+use crate::qcow2::{BackingImage, Qcow2Node};
 use crate::zoned::{ImageStatus, ZonedNode};
 
 /// An opened image. A cheap handle: clones share the graph. Every request is checked here against the root's
@@ -17,6 +19,7 @@ use crate::zoned::{ImageStatus, ZonedNode};
 pub struct Device {
     root: Root,
     notices: Arc<[String]>,
+    qcow2: Option<Arc<Qcow2Node>>,
 }
 
 /// The root, with its type known where the hot path gains by it.
@@ -32,6 +35,7 @@ impl Device {
         Device {
             root: Root::Zoned(Arc::new(root)),
             notices: notices.into(),
+            qcow2: None,
         }
     }
 
@@ -40,7 +44,24 @@ impl Device {
         Device {
             root: Root::Other(root),
             notices: Arc::default(),
+            qcow2: None,
         }
+    }
+
+    /// With the qcow2 image that the bytes lie in.
+    pub(crate) fn with_qcow2(mut self, node: Arc<Qcow2Node>) -> Device {
+        self.qcow2 = Some(node);
+        self
+    }
+
+    /// The qcow2 image that the bytes lie in, below its zones.
+    pub fn qcow2(&self) -> Option<&Qcow2> {
+        self.qcow2.as_ref().map(|node| node.image())
+    }
+
+    /// What that image has below it.
+    pub fn backing(&self) -> Option<&BackingImage> {
+        self.qcow2.as_ref()?.backing()
     }
 
     fn node(&self) -> &dyn Node {

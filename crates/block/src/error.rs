@@ -29,6 +29,9 @@ pub enum Error {
         /// The errno of that first failure.
         errno: i32,
     },
+    /// The image's format: its metadata is damaged, or what is asked makes no sense for it.
+    #[error(transparent)]
+    Format(zbdkit_qcow2::Error),
     /// The image has no such operation.
     #[error("{0} is not supported by this image")]
     NotSupported(&'static str),
@@ -71,12 +74,26 @@ impl Error {
         let errno = match self {
             Error::Io { errno, .. } | Error::Epoch { errno } => return *errno,
             Error::Zone(zone) => zone_errno(zone),
+            Error::Format(error) => return error.errno(),
             Error::NotSupported(_) => Errno::OPNOTSUPP,
             Error::ReadOnly => Errno::ROFS,
             Error::OutOfRange { .. } => Errno::IO,
             Error::Unaligned { .. } => Errno::INVAL,
         };
         errno.raw_os_error()
+    }
+}
+
+impl From<zbdkit_qcow2::Error> for Error {
+    fn from(error: zbdkit_qcow2::Error) -> Error {
+        use zbdkit_qcow2::Error as Format;
+        match error {
+            Format::Io { op, errno } => Error::Io { op, errno },
+            Format::Failed { errno } => Error::Epoch { errno },
+            Format::ReadOnly => Error::ReadOnly,
+            Format::OutOfRange { offset, len, size } => Error::OutOfRange { offset, len, size },
+            other => Error::Format(other),
+        }
     }
 }
 
@@ -150,6 +167,14 @@ pub enum OpenError {
         /// What is wrong and what would be right.
         problem: String,
     },
+    /// The image itself is not what it should be.
+    #[error("{path}: {source}", path = path.display())]
+    Image {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        source: zbdkit_qcow2::Error,
+    },
     /// A request of the opening itself failed.
     #[error(transparent)]
     Request(#[from] Error),
@@ -161,6 +186,21 @@ impl OpenError {
             path: path.into(),
             doing,
             source,
+        }
+    }
+
+    /// The error of an image of that name.
+    pub(crate) fn image(path: &std::path::Path) -> impl Fn(zbdkit_qcow2::Error) -> OpenError + '_ {
+        |source| OpenError::Image {
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    pub(crate) fn data(path: &std::path::Path, problem: impl Into<String>) -> OpenError {
+        OpenError::Data {
+            path: path.to_owned(),
+            problem: problem.into(),
         }
     }
 }

@@ -54,6 +54,11 @@ impl FileNode {
         self
     }
 
+    /// The file alone.
+    pub(crate) fn into_file(self) -> File {
+        self.file
+    }
+
     /// Which file it is.
     pub fn identity(&self, host: &Arc<dyn Host>) -> Result<FileId, OpenError> {
         host.identity(&self.file)

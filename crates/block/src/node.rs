@@ -12,6 +12,7 @@ use zbdkit_zone::{CloseEmpty, Engine, Filter, SlotPool, ZoneInfo};
 
 use crate::error::Error;
 use crate::limits::Limits;
+use crate::qcow2::Qcow2Node;
 
 /// A request on its way through a node. Requests of the hot path do not box: see [`Node::resolve`].
 pub type Request<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + 'a>>;
@@ -175,6 +176,11 @@ pub trait Node: Send + Sync {
 
     /// The file that all bytes of this node lie in, one behind the other.
     fn file(&self) -> Option<&File> {
+        None
+    }
+
+    /// The node as a qcow2 image, if it is one.
+    fn as_qcow2(&self) -> Option<&Qcow2Node> {
         None
     }
 

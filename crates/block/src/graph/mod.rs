@@ -1,22 +1,25 @@
 //! Graphs as users write them: QEMU's dotted options, JSON, or a path; and opening them.
 
 mod options;
+mod qcow2;
 mod size;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use zbdkit_io::IoBuf;
+use zbdkit_io::{IoBuf, LocalBoxFuture};
 use zbdkit_spec::sidecar;
 use zbdkit_zone::{Geometry, GeometrySpec, Model};
 
+use self::qcow2::FileChoice;
 use crate::device::Device;
 use crate::error::OpenError;
 use crate::file::FileNode;
 use crate::host::{FileOptions, Host};
 use crate::lock::LockMode;
 use crate::node::Node;
+use crate::qcow2::{Chain, ImageFormat};
 use crate::raw::RawNode;
 use crate::zoned::{RunStateMode, ZonedNode, ZonedOptions, default_sidecar, host_error};
 use options::Options;
@@ -36,6 +39,12 @@ pub struct OpenOptions {
     pub run_state: RunStateMode,
     /// How long to wait for somebody else's locks.
     pub lock_wait: Duration,
+    /// The format of an image that is named by its path; looked for if `None`.
+    pub format: Option<ImageFormat>,
+    /// Open a qcow2 image without its backing image, which may be gone; what it does not hold itself reads as zeros.
+    pub no_backing: bool,
+    /// Only the view of this internal snapshot, by id or name, with the zones that it has. Only with `read_only`.
+    pub snapshot: Option<String>,
 }
 
 impl Default for OpenOptions {
@@ -46,6 +55,9 @@ impl Default for OpenOptions {
             direct: false,
             run_state: RunStateMode::default(),
             lock_wait: Duration::from_secs(3),
+            format: None,
+            no_backing: false,
+            snapshot: None,
         }
     }
 }
@@ -121,7 +133,7 @@ struct Opener<'a> {
     options: &'a OpenOptions,
 }
 
-const DRIVERS: [&str; 4] = ["file", "memory", "raw", "zoned"];
+const DRIVERS: [&str; 5] = ["file", "memory", "qcow2", "raw", "zoned"];
 
 impl Opener<'_> {
     async fn open_path(&self, path: &Path) -> Result<Device, OpenError> {
@@ -131,9 +143,26 @@ impl Opener<'_> {
                 .exists(path)
                 .map_err(|e| OpenError::file(path, "cannot be looked for", e))
         };
-        let node = self.open_file(path, self.options.direct, self.options.read_only, None)?;
-        if !has_sidecar(&sidecar)? {
-            return Err(self.no_zones(path, &sidecar, &node).await);
+        // A guest chooses what a raw image begins with, so an image with a sidecar is raw, and one that has lost it is
+        // not taken for anything else.
+        let has_sidecar = has_sidecar(&sidecar)?;
+        let image = self.image_at(path);
+        if self.options.format == Some(ImageFormat::Qcow2) {
+            return self.open_image(image).await;
+        }
+        let node = self.open_file(&image.file)?;
+        if !has_sidecar {
+            let is_ours = node.file().is_some_and(|file| self.host.image_id(file).is_some());
+            let magic = self.magic(&node).await;
+            if self.options.format.is_none() && !is_ours && magic.starts_with(&QCOW2_MAGIC) {
+                // Its locks go before they are taken again.
+                drop(node);
+                return self.open_image(image).await;
+            }
+            if self.options.format.is_some() && !is_ours && magic != sidecar::MAGIC {
+                return Ok(Device::new(Arc::new(RawNode::new(Arc::new(node), 0, None)?)));
+            }
+            return Err(self.no_zones(path, &sidecar, is_ours, magic));
         }
         let child = Arc::new(RawNode::new(Arc::new(node), 0, None)?);
         self.open_zoned(
@@ -147,13 +176,10 @@ impl Opener<'_> {
     }
 
     /// Why a file without a sidecar is not opened by its name alone.
-    async fn no_zones(&self, path: &Path, sidecar: &Path, node: &FileNode) -> OpenError {
-        let problem = match self.magic(node).await {
+    fn no_zones(&self, path: &Path, sidecar: &Path, is_ours: bool, magic: [u8; 8]) -> OpenError {
+        let problem = match magic {
             sidecar::MAGIC => "is a zone table; name the image that it belongs to".to_owned(),
-            [b'Q', b'F', b'I', 0xfb, ..] => {
-                "is a qcow2 image, which this version does not open yet".to_owned()
-            }
-            _ if node.file().is_some_and(|file| self.host.image_id(file).is_some()) => format!(
+            _ if is_ours => format!(
                 "its zone table {} is missing: the image's zones cannot be known without it; bring it back, or name it \
                  with driver=zoned,file.filename={},sidecar=FILE",
                 sidecar.display(),
@@ -185,8 +211,13 @@ impl Opener<'_> {
         if tree.peek("driver") == Some("zoned") {
             return self.open_zoned_tree(tree).await;
         }
+        if tree.peek("driver") == Some("qcow2") {
+            let image = self.image_of(tree, self.options.read_only)?;
+            return self.open_image(image).await;
+        }
         let read_only = tree.bool("read-only")?.unwrap_or(self.options.read_only);
-        Ok(Device::new(self.open_node(tree, read_only)?))
+        let node = self.open_node(tree, read_only, Chain::default()).await?;
+        Ok(Device::new(node))
     }
 
     async fn open_zoned_tree(&self, mut tree: Options) -> Result<Device, OpenError> {
@@ -202,7 +233,12 @@ impl Opener<'_> {
         let direct = child
             .find_string("cache.direct")
             .map_or(self.options.direct, |text| text == "on" || text == "true");
-        let child = self.open_node(child, read_only)?;
+        let child = self.open_node(child, read_only, Chain::default()).await?;
+        if child.driver() == "qcow2" {
+            return Err(OpenError::Graph(
+                "zoned: a qcow2 image keeps its zones itself: create it with zones, and name it with driver=qcow2".into(),
+            ));
+        }
         match filename {
             Some(filename) => {
                 tree.finish("zoned", &["driver", "file", "read-only", "sidecar", "run-state"])?;
@@ -251,7 +287,21 @@ impl Opener<'_> {
         Ok(())
     }
 
-    fn open_node(&self, mut tree: Options, read_only: bool) -> Result<Arc<dyn Node>, OpenError> {
+    fn open_node<'a>(
+        &'a self,
+        tree: Options,
+        read_only: bool,
+        chain: Chain,
+    ) -> LocalBoxFuture<'a, Result<Arc<dyn Node>, OpenError>> {
+        Box::pin(self.open_any(tree, read_only, chain))
+    }
+
+    async fn open_any(
+        &self,
+        mut tree: Options,
+        read_only: bool,
+        chain: Chain,
+    ) -> Result<Arc<dyn Node>, OpenError> {
         let read_only = tree.bool("read-only")?.unwrap_or(read_only);
         let driver = match tree.string("driver")? {
             Some(driver) => driver,
@@ -259,16 +309,10 @@ impl Opener<'_> {
             None => return Err(OpenError::Graph(format!("{}driver is missing", tree.place()))),
         };
         match driver.as_str() {
-            "file" => {
-                let filename = tree.required("filename")?;
-                let direct = tree.bool("cache.direct")?.unwrap_or(self.options.direct);
-                let locking = tree.string("locking")?;
-                tree.finish(
-                    "file",
-                    &["driver", "filename", "cache.direct", "locking", "read-only"],
-                )?;
-                let node = self.open_file(Path::new(&filename), direct, read_only, locking.as_deref())?;
-                Ok(Arc::new(node))
+            "file" => Ok(Arc::new(self.open_file(&self.file_choice(tree, read_only)?)?)),
+            "qcow2" => {
+                let image = self.image_of(tree, read_only)?;
+                self.open_image_below(image, chain).await
             }
             "memory" => {
                 let size = tree
@@ -284,11 +328,8 @@ impl Opener<'_> {
                 let child = tree.child("file")?;
                 let (offset, size) = (tree.size("offset")?, tree.size("size")?);
                 tree.finish("raw", &["driver", "file", "offset", "size", "read-only"])?;
-                Ok(Arc::new(RawNode::new(
-                    self.open_node(child, read_only)?,
-                    offset.unwrap_or(0),
-                    size,
-                )?))
+                let child = self.open_node(child, read_only, chain).await?;
+                Ok(Arc::new(RawNode::new(child, offset.unwrap_or(0), size)?))
             }
             "zoned" => Err(OpenError::Graph("zoned can only be the root of a graph".into())),
             unknown => Err(OpenError::Graph(format!(
@@ -300,15 +341,30 @@ impl Opener<'_> {
         }
     }
 
-    fn open_file(
-        &self,
-        path: &Path,
-        direct: bool,
-        read_only: bool,
-        locking: Option<&str>,
-    ) -> Result<FileNode, OpenError> {
+    /// The file that a tree of options describes.
+    fn file_choice(&self, mut tree: Options, read_only: bool) -> Result<FileChoice, OpenError> {
+        let choice = FileChoice {
+            path: tree.required("filename")?.into(),
+            direct: tree.bool("cache.direct")?.unwrap_or(self.options.direct),
+            read_only: tree.bool("read-only")?.unwrap_or(read_only),
+            locking: tree.string("locking")?,
+        };
+        tree.finish(
+            "file",
+            &["driver", "filename", "cache.direct", "locking", "read-only"],
+        )?;
+        Ok(choice)
+    }
+
+    fn open_file(&self, choice: &FileChoice) -> Result<FileNode, OpenError> {
+        let &FileChoice {
+            ref path,
+            direct,
+            read_only,
+            ..
+        } = choice;
         self.check_share(read_only)?;
-        let lock = match (locking, self.options.force_share, read_only) {
+        let lock = match (choice.locking.as_deref(), self.options.force_share, read_only) {
             (Some("off"), ..) | (_, true, _) => LockMode::None,
             (Some("on" | "auto") | None, _, true) => LockMode::Read,
             (Some("on" | "auto") | None, _, false) => LockMode::Write,
@@ -343,6 +399,9 @@ pub fn run_state_of(text: &str) -> RunStateMode {
         directory => RunStateMode::In(directory.into()),
     }
 }
+
+/// First bytes of a qcow2 image.
+const QCOW2_MAGIC: [u8; 4] = zbdkit_spec::qcow2::MAGIC.to_be_bytes();
 
 const ZONE_OPTIONS: [&str; 12] = [
     "driver",

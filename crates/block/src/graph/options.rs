@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::qcow2::is_nothing;
 use super::size::parse_size;
 use crate::error::OpenError;
 
@@ -141,6 +142,23 @@ impl Options {
             Some(value) => Err(self.wrong(key, &value, "a node, as in file.driver=...")),
             None => Err(OpenError::Graph(format!("{prefix}driver is missing"))),
         }
+    }
+
+    /// Takes the options of a child that may also be named as nothing: `None` where it is not mentioned.
+    pub fn node(&mut self, key: &str) -> Result<Option<Option<Options>>, OpenError> {
+        match self.map.get(key) {
+            None => Ok(None),
+            Some(value) if is_nothing(value) => {
+                self.map.remove(key);
+                Ok(Some(None))
+            }
+            Some(_) => self.child(key).map(|tree| Some(Some(tree))),
+        }
+    }
+
+    /// Sets what the user left out.
+    pub fn set(&mut self, key: &str, value: &str) {
+        self.map.insert(key.to_owned(), Value::from(value));
     }
 
     /// The first value of that key here or in the chain of `file` children, without taking it.

@@ -153,7 +153,9 @@ pub struct Image<'a> {
 
 /// Clears the epoch's mark. All records are durable.
 async fn end(tables: Tables) -> Result<(), TableError> {
-    let Tables { mut table, mirror, .. } = tables;
+    let Tables {
+        mut table, mirror, ..
+    } = tables;
     if mirror.is_some() {
         // Its last words are not durable yet, and who finds the image closed may read nothing else.
         table.sync().await?;

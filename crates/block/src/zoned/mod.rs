@@ -35,9 +35,13 @@ use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, ZoneOp};
 use commit::{Committer, Image};
 use gaps::Gaps;
 pub use make::create_sidecar;
+pub(crate) use make::{Records, new_header, spec_of};
+pub(crate) use mirror::{Mirror, words as bare_words};
+pub(crate) use open::{Holder, Inside};
 pub use open::{ImageStatus, RunStateMode, ZonedOptions};
 pub use place::default_sidecar;
-pub(crate) use place::host_error;
+pub(crate) use place::{Place, host_error};
+pub(crate) use table::{Loaded, Table, TableError, read_at, table_size, write_at};
 use waiters::Waiters;
 
 /// Zones over a conventional child.

@@ -99,7 +99,13 @@ impl ZonedNode {
         let engine =
             Engine::new(geometry, |_| ZoneRecord::default()).map_err(|e| OpenError::Graph(e.to_string()))?;
         let waiters = Waiters::new(RunState::None);
-        Ok(ZonedNode::assemble(child, engine, waiters, Durability::Volatile, None))
+        Ok(ZonedNode::assemble(
+            child,
+            engine,
+            waiters,
+            Durability::Volatile,
+            None,
+        ))
     }
 
     /// Zones that nobody changes and that are known by other means than a durable table.
@@ -163,9 +169,7 @@ impl ZonedNode {
 }
 
 fn engine_of(geometry: Geometry, records: &Records) -> Result<Engine, zbdkit_zone::RecordError> {
-    Engine::new(geometry, |zone| {
-        records.get(&zone.0).copied().unwrap_or_default()
-    })
+    Engine::new(geometry, |zone| records.get(&zone.0).copied().unwrap_or_default())
 }
 
 /// An opening that has read and checked the table.
@@ -213,7 +217,9 @@ impl<'a> Opening<'a> {
             table,
             records,
             repaired,
-        } = Table::load(file, 0, len).await.map_err(|e| place.table_error(e))?;
+        } = Table::load(file, 0, len)
+            .await
+            .map_err(|e| place.table_error(e))?;
         let opening = Opening {
             host,
             run_state: &options.run_state,

@@ -78,7 +78,9 @@ impl Place {
             (_, TableError::Version(_)) => "",
             (Place::Sidecar(_), TableError::NotATable) => "; name the right sidecar with sidecar=FILE",
             (Place::Sidecar(_), _) => "; restore the file from a backup",
-            (Place::Inside(_), _) => "; `zbdkit check -r all` rebuilds the zone table from what else is known",
+            (Place::Inside(_), _) => {
+                "; `zbdkit check -r all` rebuilds the zone table from what else is known"
+            }
         };
         self.error(&format!("{error}{advice}"))
     }

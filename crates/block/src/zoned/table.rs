@@ -159,6 +159,11 @@ impl Table {
         })
     }
 
+    /// Reads and checks the header alone of the table in the `actual` bytes at `base` of a file.
+    pub async fn load_header(file: &File, base: u64, actual: u64) -> Result<Box<Header>, TableError> {
+        read_header(file, base, actual, &mut Vec::new()).await
+    }
+
     /// The current header.
     pub fn header(&self) -> &Header {
         &self.header

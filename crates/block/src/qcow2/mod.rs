@@ -1,0 +1,15 @@
+//! The format `qcow2` in the graph: the node, what an image may open below itself, and zones inside the image.
+
+mod ahead;
+mod directory;
+mod extension;
+mod gate;
+mod node;
+mod words;
+mod zones;
+
+pub use gate::ImageFormat;
+pub(crate) use gate::{Chain, backing_format, resolve};
+pub(crate) use node::NodeBacking;
+pub use node::{BackingImage, Qcow2Node};
+pub(crate) use zones::{Described, open};

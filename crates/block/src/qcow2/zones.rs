@@ -1,0 +1,406 @@
+//! The zones of an image: found, read, upgraded to what this program writes, opened.
+//!
+//! While our autoclear bit is set, the *area* that our extension names is the truth: a table like a sidecar's, with
+//! copies and checksums. A program that does not know it clears the bit; then the bare table of write pointers is the
+//! truth, and opening for writing makes a new area from it. Layouts older than C become C on that occasion.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use zbdkit_io::File;
+use zbdkit_qcow2::{Header, Qcow2};
+use zbdkit_spec::qcow2::INCOMPAT_ZONE_STATES;
+use zbdkit_spec::sidecar;
+use zbdkit_zone::Geometry;
+
+use super::directory::Directory;
+use super::extension::{self, Draft, Ours, Zones};
+use super::node::Qcow2Node;
+use super::words;
+use crate::create::default_append;
+use crate::error::{Error, OpenError};
+use crate::host::{FileId, Host};
+use crate::node::Node;
+use crate::zoned::{
+    Inside, Loaded, Mirror, Place, Records, RunStateMode, Table, ZonedNode, bare_words, new_header, read_at,
+    spec_of, table_size, write_at,
+};
+
+/// Logical block size of an image that does not say its own: what every writer of such images may have used.
+const FOREIGN_BLOCK_SIZE: u32 = 512;
+
+/// What an image's header says of its zones.
+#[derive(Clone, Debug)]
+pub struct Described {
+    pub zones: Zones,
+    /// What is ours, if it may be believed.
+    pub ours: Option<Ours>,
+    /// The snapshots' zone tables, if they may be believed.
+    pub directory: Directory,
+}
+
+impl Described {
+    /// Reads what the header names. `None` where the image has no zones.
+    pub async fn read(file: &File, header: &Header, path: &Path) -> Result<Option<Described>, OpenError> {
+        let wrong = |problem: String| OpenError::data(path, problem);
+        let len = file
+            .len()
+            .map_err(|e| OpenError::file(path, "cannot be looked at", e))?;
+        let Some(zones) = extension::zones(header, len).map_err(wrong)? else {
+            return Ok(None);
+        };
+        let ours = Ours::current(header).map_err(wrong)?;
+        let directory = match &ours {
+            Some(ours) => Directory::load(file, ours.snapshots).await.map_err(wrong)?,
+            None => Directory::default(),
+        };
+        Ok(Some(Described {
+            zones,
+            ours,
+            directory,
+        }))
+    }
+
+    /// The clusters that belong to all this, and what they hold.
+    pub fn areas(&self) -> Vec<(Range<u64>, &'static str)> {
+        let range = |(offset, len): (u64, u64)| offset..offset.saturating_add(len);
+        let mut areas = vec![(
+            range((self.zones.table_offset, self.zones.table_len())),
+            "zoned metadata",
+        )];
+        if let Some(ours) = &self.ours {
+            areas.push((range(ours.area), "zone table"));
+            if ours.snapshots != (0, 0) {
+                areas.push((range(ours.snapshots), "directory of zone tables"));
+            }
+        }
+        let frozen = self.directory.entries.iter();
+        areas.extend(frozen.map(|frozen| (range(frozen.table), "zone table of a snapshot")));
+        areas
+    }
+
+    /// Reads the table in the area.
+    pub async fn load(&self, file: &File, ours: &Ours, path: &Path) -> Result<Loaded, OpenError> {
+        let place = Place::Inside(path.to_owned());
+        let loaded = Table::load(file.clone(), ours.area.0, ours.area.1).await;
+        let loaded = loaded.map_err(|e| place.table_error(e))?;
+        let header = loaded.table.header();
+        let zones = &self.zones;
+        let agrees = header.uuid == ours.uuid.into_bytes()
+            && header.nr_zones.get() == zones.nr_zones
+            && header.zone_size.get() == zones.zone_size
+            && header.zone_capacity.get() == zones.zone_capacity
+            && header.nr_conventional.get() == zones.conventional
+            && zones.draft == Draft::C;
+        if !agrees {
+            return Err(OpenError::data(
+                path,
+                "its zone table and its zoned header extension contradict each other; `zbdkit check -r all` makes them \
+                 agree",
+            ));
+        }
+        Ok(loaded)
+    }
+}
+
+/// What the zones of an image are, by whichever of its tables is the truth.
+pub struct Known {
+    pub geometry: Geometry,
+    pub records: Records,
+}
+
+/// The zones that the bare table describes, for an image whose area is not to be believed.
+pub async fn from_bare_table(
+    file: &File,
+    header: &Header,
+    zones: &Zones,
+    path: &Path,
+) -> Result<Known, OpenError> {
+    let bytes = read_at(file, zones.table_offset, zones.table_len() as usize).await;
+    let bytes = bytes.map_err(|e| Place::Inside(path.to_owned()).table_error(e))?;
+    let records = words::records(zones, header.size, &bytes).map_err(|e| OpenError::data(path, e))?;
+    let append = zones
+        .max_append
+        .map_or(default_append(zones.zone_capacity), u64::from);
+    let plain = zones.geometry(header.size, FOREIGN_BLOCK_SIZE, append)?;
+    Ok(Known {
+        geometry: former_geometry(file, header, zones, &records)
+            .await
+            .unwrap_or(plain),
+        records,
+    })
+}
+
+/// What the area said of block size and append limit before somebody else wrote to the image, if it still says so: a
+/// guest had better not find them changed.
+async fn former_geometry(file: &File, header: &Header, zones: &Zones, records: &Records) -> Option<Geometry> {
+    let former = former_header(file, header).await?;
+    let (block_size, append) = (former.block_size.get(), former.max_append.get());
+    let geometry = zones.geometry(header.size, block_size, append).ok()?;
+    let fits = |written: u64| written.is_multiple_of(block_size.into());
+    records
+        .values()
+        .all(|record| fits(record.written))
+        .then_some(geometry)
+}
+
+/// The header of the area that is not believed any more, if it was not written over.
+async fn former_header(file: &File, header: &Header) -> Option<Box<sidecar::Header>> {
+    let former = Ours::find(header)?;
+    let table = Table::load_header(file, former.area.0, former.area.1)
+        .await
+        .ok()?;
+    (table.uuid == former.uuid.into_bytes()).then_some(table)
+}
+
+/// Opens the zones of an image as a node above it.
+pub async fn open(
+    host: &Arc<dyn Host>,
+    node: Qcow2Node,
+    described: Described,
+    path: &Path,
+    run_state: &RunStateMode,
+) -> Result<(ZonedNode, Arc<Qcow2Node>, Vec<String>), OpenError> {
+    let header = node.image().header().await;
+    let file = node.image().file().clone();
+    let read_only = node.limits().read_only;
+    let mut notices = described.zones.warnings.clone();
+    let (described, ours) = match described.ours {
+        Some(ours) => (described, ours),
+        None if read_only => {
+            let known = from_bare_table(&file, &header, &described.zones, path).await?;
+            notices.extend(lost(&header, former_header(&file, &header).await.as_deref()));
+            let node = Arc::new(node);
+            let zoned = ZonedNode::read_only(node.clone(), known.geometry, &known.records, "qcow2")?;
+            return Ok((zoned, node, notices));
+        }
+        None => {
+            let (described, ours, told) = upgrade(host, node.image(), &header, described, path).await?;
+            notices.extend(told);
+            (described, ours)
+        }
+    };
+    let loaded = described.load(&file, &ours, path).await?;
+    let spec = spec_of(loaded.table.header())
+        .map_err(|model| OpenError::data(path, format!("zone model {model} is not known to this zbdkit")))?;
+    let geometry = Geometry::new(spec)?;
+    let mirror = match read_only {
+        true => None,
+        false => {
+            let mirror = Mirror::load(file.clone(), described.zones.table_offset, geometry).await;
+            Some(mirror.map_err(|e| Place::Inside(path.to_owned()).table_error(e))?)
+        }
+    };
+    let marked = header.incompatible & INCOMPAT_ZONE_STATES != 0;
+    let node = Arc::new(node.with_zones(&geometry, marked));
+    let inside = Inside {
+        image: path,
+        data: node.image().data_file().clone(),
+        file,
+        loaded,
+        mirror,
+        holder: Some(node.clone()),
+        run_state,
+        read_only,
+    };
+    let (zoned, told) = ZonedNode::open_inside(host, node.clone(), inside).await?;
+    notices.extend(told);
+    Ok((zoned, node, notices))
+}
+
+/// What the user is told of an image whose area somebody else's writing has made stale.
+fn lost(header: &Header, former: Option<&sidecar::Header>) -> Vec<String> {
+    if Ours::find(header).is_none() {
+        return Vec::new();
+    }
+    let mut told = vec![
+        "the image was changed by a program that does not know zbdkit's zone table: the write pointers are those that it \
+         left; what only that table held is lost (how far finished zones were written, counters, zones made read-only or \
+         offline, the zones of snapshots)"
+            .to_owned(),
+    ];
+    if let Some(former) = former
+        && (former.open != 0 || former.lost_epoch.get() != 0)
+    {
+        told.push(format!(
+            "epoch {} of this image was not closed before that: writes since its last flush may be lost",
+            former.epoch.get()
+        ));
+    }
+    told
+}
+
+/// Gives an image whose zones only a bare table describes an area, and layout C.
+async fn upgrade(
+    host: &Arc<dyn Host>,
+    image: &Qcow2,
+    header: &Header,
+    described: Described,
+    path: &Path,
+) -> Result<(Described, Ours, Vec<String>), OpenError> {
+    let known = from_bare_table(image.file(), header, &described.zones, path).await?;
+    let former = former_header(image.file(), header).await;
+    let told = lost(header, former.as_deref());
+    let data = host
+        .identity(image.data_file())
+        .map_err(|e| OpenError::file(path, "cannot be identified", e))?;
+    let keeps = described.zones.draft == Draft::C
+        && described.zones.table_offset.is_multiple_of(image.cluster_size());
+    let keep = keeps.then_some(described.zones.table_offset);
+    let uuid = uuid::Uuid::new_v4();
+    let made = Tables::make(image, &known, uuid, data, keep, |header| {
+        if let Some(former) = &former {
+            // Epochs go on where they were, and a loss stays known until a clean close.
+            header.epoch = former.epoch;
+            header.lost_epoch = match former.open {
+                0 => former.lost_epoch,
+                _ => former.epoch,
+            };
+        }
+    });
+    let made = made.await.map_err(OpenError::image(path))?;
+    let ours = Ours {
+        area: made.area,
+        snapshots: (0, 0),
+        uuid,
+    };
+    let zones = Zones::of(&known.geometry, made.bare.0);
+    let switched = image
+        .update_header(|header| {
+            extension::put(header, &zones, &ours, false);
+            Ok(())
+        })
+        .await;
+    if let Err(error) = switched {
+        made.free(image).await;
+        return Err(OpenError::image(path)(error));
+    }
+    let described = Described {
+        zones,
+        ours: Some(ours),
+        directory: Directory::default(),
+    };
+    Ok((described, ours, told))
+}
+
+/// New tables in an image, durable, which nothing names yet.
+pub struct Tables {
+    /// The area: offset and length, bytes.
+    pub area: (u64, u64),
+    /// The bare table.
+    pub bare: (u64, u64),
+    /// The bare table was there before.
+    kept: bool,
+}
+
+impl Tables {
+    /// Writes an area for zones with these records, and a bare table unless the one at `keep` stays. `change` has the
+    /// last word on the area's header.
+    pub async fn make(
+        image: &Qcow2,
+        known: &Known,
+        uuid: uuid::Uuid,
+        data: FileId,
+        keep: Option<u64>,
+        change: impl FnOnce(&mut sidecar::Header),
+    ) -> Result<Tables, zbdkit_qcow2::Error> {
+        let geometry = &known.geometry;
+        let area = make_area(image, known, uuid, data, change).await?;
+        let bare_len = 8 * u64::from(geometry.nr_zones());
+        let bare = match keep {
+            Some(offset) => Ok(offset),
+            None => make_bare(image, geometry, &known.records).await,
+        };
+        match bare {
+            Ok(offset) => Ok(Tables {
+                area,
+                bare: (offset, bare_len),
+                kept: keep.is_some(),
+            }),
+            Err(error) => {
+                free(image, area).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives the clusters back, where the header was not written.
+    pub async fn free(self, image: &Qcow2) {
+        free(image, self.area).await;
+        if !self.kept {
+            free(image, self.bare).await;
+        }
+    }
+}
+
+/// Frees clusters that nothing names. If that fails they are leaked, which harms nobody and which a check finds.
+pub async fn free(image: &Qcow2, (offset, len): (u64, u64)) {
+    if let Err(error) = image.free_area(offset, len).await {
+        tracing::warn!("the clusters of a zone table could not be freed: {error}");
+    }
+}
+
+/// Writes a table like a sidecar's into new clusters, synced.
+pub async fn make_area(
+    image: &Qcow2,
+    known: &Known,
+    uuid: uuid::Uuid,
+    data: FileId,
+    change: impl FnOnce(&mut sidecar::Header),
+) -> Result<(u64, u64), zbdkit_qcow2::Error> {
+    let len = table_size(known.geometry.nr_zones());
+    let offset = image.allocate_area(len).await?;
+    let mut header = new_header(&known.geometry, uuid, data);
+    change(&mut header);
+    let written = async {
+        let table = Table::create(image.file().clone(), offset, header, &known.records).await?;
+        table.sync().await
+    };
+    match written.await {
+        Ok(()) => Ok((offset, len)),
+        Err(error) => {
+            free(image, (offset, len)).await;
+            Err(format_error(error))
+        }
+    }
+}
+
+async fn make_bare(
+    image: &Qcow2,
+    geometry: &Geometry,
+    records: &Records,
+) -> Result<u64, zbdkit_qcow2::Error> {
+    let mut bytes = bare_words(geometry, records);
+    let len = bytes.len() as u64;
+    let offset = image.allocate_area(len).await?;
+    let align = image.file().direct_align().unwrap_or(512).max(512) as usize;
+    bytes.resize(bytes.len().next_multiple_of(align), 0);
+    match write_area(image, offset, &bytes).await {
+        Ok(()) => Ok(offset),
+        Err(error) => {
+            free(image, (offset, len)).await;
+            Err(error)
+        }
+    }
+}
+
+/// Writes bytes into clusters of our own, synced.
+pub async fn write_area(image: &Qcow2, offset: u64, bytes: &[u8]) -> Result<(), zbdkit_qcow2::Error> {
+    let written = write_at(image.file(), bytes, offset).await;
+    written.map_err(format_error)?;
+    let synced = image.file().datasync().await;
+    synced.map_err(|error| zbdkit_qcow2::Error::io("syncing a zone table", &error))
+}
+
+fn format_error(error: crate::zoned::TableError) -> zbdkit_qcow2::Error {
+    match error {
+        crate::zoned::TableError::Io(op, source) => zbdkit_qcow2::Error::io(op, &source),
+        other => zbdkit_qcow2::Error::Invalid(other.to_string()),
+    }
+}
+
+/// The refusal of what makes no sense for the image.
+pub fn refused(what: impl Into<String>) -> Error {
+    zbdkit_qcow2::Error::Refused(what.into()).into()
+}
