@@ -118,6 +118,16 @@ impl Graph {
         }
     }
 
+    /// The format that opening takes the image at the root for, found out without opening what lies below it.
+    pub async fn format(&self, host: &Arc<dyn Host>, options: &OpenOptions) -> Result<ImageFormat, OpenError> {
+        let opener = Opener { host, options };
+        match &self.root {
+            Description::Path(path) => opener.format_of(path).await,
+            Description::Tree(tree) if tree.peek("driver") == Some("qcow2") => Ok(ImageFormat::Qcow2),
+            Description::Tree(_) => Ok(ImageFormat::Raw),
+        }
+    }
+
     /// Opens the graph's nodes, leaves first.
     pub async fn open(&self, host: &Arc<dyn Host>, options: &OpenOptions) -> Result<Device, OpenError> {
         let opener = Opener { host, options };
@@ -173,6 +183,23 @@ impl Opener<'_> {
             self.options.read_only,
         )
         .await
+    }
+
+    /// As [`Opener::open_path`] decides.
+    async fn format_of(&self, path: &Path) -> Result<ImageFormat, OpenError> {
+        if let Some(format) = self.options.format {
+            return Ok(format);
+        }
+        let sidecar = self.host.exists(&default_sidecar(path));
+        let node = self.open_file(&self.image_at(path).file)?;
+        let is_ours = node.file().is_some_and(|file| self.host.image_id(file).is_some());
+        if sidecar.map_err(|e| OpenError::file(path, "cannot be looked for", e))? || is_ours {
+            return Ok(ImageFormat::Raw);
+        }
+        match self.magic(&node).await.starts_with(&QCOW2_MAGIC) {
+            true => Ok(ImageFormat::Qcow2),
+            false => Ok(ImageFormat::Raw),
+        }
     }
 
     /// Why a file without a sidecar is not opened by its name alone.
