@@ -16,14 +16,16 @@ mod found;
 mod references;
 mod repair;
 
+pub(crate) use extras::zone_table;
+
 use std::ops::Range;
 
-use zbdkit_io::{File, IoBuf};
+use zbdkit_io::File;
 use zbdkit_spec::qcow2::{AUTOCLEAR_BITMAPS, AUTOCLEAR_ZONE_TABLE, INCOMPAT_CORRUPT, INCOMPAT_DIRTY};
 
 use crate::error::Error;
 use crate::header::Header;
-use crate::image::{file_len, read_at};
+use crate::image::{file_len, read_at, write_at};
 use crate::snapshot::table;
 use counts::Use;
 use disk::{Differences, Disk};
@@ -148,8 +150,7 @@ impl Image<'_> {
     }
 
     async fn put(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        let written = self.file.write(IoBuf::from_vec(bytes.to_vec()), offset).await;
-        written.map_err(|e| Error::io("writing metadata", &e))
+        write_at(self.file, offset, bytes).await
     }
 
     async fn sync(&self) -> Result<(), Error> {

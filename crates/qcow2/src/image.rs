@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use zbdkit_io::{File, IoBuf, LocalBoxFuture};
-use zbdkit_spec::qcow2::L1E_OFFSET_MASK;
+use zbdkit_spec::qcow2::{EXT_ZONED, L1E_OFFSET_MASK};
 
+use crate::check::zone_table;
 use crate::compress;
 use crate::error::Error;
 use crate::grace::{Grace, Pin};
@@ -272,6 +273,13 @@ impl Qcow2 {
         add(0, self.cluster_size(), "the header")?;
         add(header.l1_offset, 8 * u64::from(header.l1_size), "the L1 table")?;
         add(header.snapshots_offset, snapshots.len, "the snapshot table")?;
+        if header.zoned()
+            && let Some((offset, zones)) = header
+                .extension(EXT_ZONED)
+                .and_then(|extension| zone_table(extension, header.size))
+        {
+            add(offset, 8 * u64::from(zones), "the zone table")?;
+        }
         for (range, what) in areas {
             add(range.start, range.end - range.start, what)?;
         }

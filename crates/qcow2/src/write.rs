@@ -124,7 +124,9 @@ impl Qcow2 {
             let at = start + part * size;
             let buf = IoBuf::try_alloc(size as usize).map_err(|e| Error::io("write", &e))?;
             let there = self.size().saturating_sub(at).min(size) as usize;
-            self.read(buf.slice(0..there), at).await?;
+            if there > 0 {
+                self.read(buf.slice(0..there), at).await?;
+            }
             let written = self.data_file().write(buf, old.offset() + part * size).await;
             written.map_err(|e| Error::io("write", &e))?;
         }
@@ -202,8 +204,8 @@ impl Qcow2 {
         }
         let len = range.end - range.start;
         let buf = IoBuf::try_alloc(len as usize).map_err(|e| Error::io("write", &e))?;
-        if !zero {
-            let there = self.size().saturating_sub(range.start).min(len) as usize;
+        let there = self.size().saturating_sub(range.start).min(len) as usize;
+        if !zero && there > 0 {
             self.read(buf.slice(0..there), range.start).await?;
         }
         let written = self.data_file().write(buf, to).await;

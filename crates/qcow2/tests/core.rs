@@ -387,3 +387,23 @@ fn writes_to_subclusters_that_are_there_survive_others_that_come() {
     });
     setup.judge_by_qemu();
 }
+
+/// The end of the device may cut a cluster, and its subclusters.
+#[test]
+fn a_cluster_that_the_end_cuts_is_written() {
+    let layout = Layout {
+        extended_l2: true,
+        ..layout(65536, 16896)
+    };
+    let mut setup = Setup::new(layout, 0, &mut Rng(3));
+    block_on(async {
+        let image = setup.open(false).await;
+        image.write(IoBuf::from_vec(vec![1; 512]), 0).await.unwrap();
+        image.write_zeroes(0, 16896, false).await.unwrap();
+        image.write(IoBuf::from_vec(vec![2; 512]), 8192).await.unwrap();
+        setup.model[8192..8704].fill(2);
+        setup.compare(&image).await;
+        image.close().await.unwrap();
+    });
+    setup.judge_by_qemu();
+}

@@ -105,6 +105,7 @@ impl References {
         };
         let (offset, size) = (bitmaps.directory_offset.get(), bitmaps.directory_size.get());
         if self.mark(image, found, (offset, size), 1, Use::Bitmap) != Marked::Alone {
+            found.error(format_args!("ERROR the bitmap directory cannot be read"));
             self.incomplete = true;
             return;
         }
@@ -258,7 +259,7 @@ impl References {
 }
 
 /// Where the zone table of a draft lies, and for how many zones.
-fn zone_table(extension: &[u8], size: u64) -> Option<(u64, u32)> {
+pub fn zone_table(extension: &[u8], size: u64) -> Option<(u64, u32)> {
     if let Ok(c) = spec::ZonedC::read_from_bytes(extension) {
         return Some((c.zonedmeta_offset.get(), c.nr_zones.get()));
     }
