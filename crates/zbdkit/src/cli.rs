@@ -3,7 +3,7 @@
 use clap::{Parser, Subcommand};
 
 use crate::verbs::{
-    compare, completions, convert, create, info, io, man, map, report, serve, set_zone, zones,
+    commit, compare, completions, convert, create, info, io, man, map, rebase, report, serve, set_zone, zones,
 };
 
 /// Makes zoned block devices and attaches them to virtual machines
@@ -56,6 +56,8 @@ pub enum Verb {
     Convert(convert::Convert),
     Compare(compare::Compare),
     Map(map::Map),
+    Rebase(rebase::Rebase),
+    Commit(commit::Commit),
     Report(report::Report),
     Io(io::Io),
     /// Reset zones: they are empty again

@@ -51,9 +51,10 @@ pub fn graph_of(image: &OsStr, image_opts: bool) -> anyhow::Result<Graph> {
 pub fn graph_as(image: &OsStr, image_opts: bool, format: Option<&str>) -> anyhow::Result<Graph> {
     match format {
         None => graph_of(image, image_opts),
-        Some(_) if image_opts => {
-            Err(Usage("a format is said with --image-opts already: write driver=FORMAT,... there".into()).into())
-        }
+        Some(_) if image_opts => Err(Usage(
+            "a format is said with --image-opts already: write driver=FORMAT,... there".into(),
+        )
+        .into()),
         Some("raw") => raw_graph(Path::new(image)),
         Some("qcow2") => {
             let filename = image

@@ -140,7 +140,10 @@ mod tests {
 
     #[test]
     fn names_out_of_images_do_not_move_the_cursor() {
-        assert_eq!(printable("\u{1b}[2Jb\u{e4}se\n.raw"), "\\u{1b}[2Jb\u{e4}se\\n.raw");
+        assert_eq!(
+            printable("\u{1b}[2Jb\u{e4}se\n.raw"),
+            "\\u{1b}[2Jb\u{e4}se\\n.raw"
+        );
     }
 
     #[test]

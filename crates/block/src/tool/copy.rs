@@ -9,10 +9,9 @@ use zbdkit_qcow2::Qcow2;
 use super::bytes::{data_runs, differing_clusters, first_difference, is_zero};
 use super::work::{Turns, Worker, all};
 use super::zones::{Plan, ZoneEnds};
-use super::{
-    CHUNK, Contents, CopiedZones, Progress, ToolError, cluster_size, compress, fetch, format_error, qcow2, store,
-};
+use super::{CHUNK, Contents, CopiedZones, Progress, ToolError, cluster_size, fetch, store};
 use crate::device::Device;
+use crate::error::Error;
 
 /// What the target of a copy reads as where nothing was copied yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,7 +140,7 @@ impl<'a> Copy<'a> {
         }
         let compressor = if options.compress {
             let refused = || ToolError::Refused("Compression not supported for this file format".into());
-            Some(qcow2(target).ok_or_else(refused)?)
+            Some(target.qcow2().ok_or_else(refused)?)
         } else {
             None
         };
@@ -314,7 +313,7 @@ impl<'a> Copy<'a> {
             let one = |(at, bytes): (u64, Vec<u8>)| {
                 let mut whole = bytes.clone();
                 whole.resize(cluster, 0);
-                (at, compress(compression, &whole).ok_or(bytes))
+                (at, zbdkit_qcow2::compress(compression, &whole).ok_or(bytes))
             };
             clusters.into_iter().map(one).collect::<Vec<_>>()
         });
@@ -356,7 +355,7 @@ impl<'a> Copy<'a> {
                 Change::Bytes(at, buf) => store(self.target, buf, at).await?,
                 Change::Compressed(clusters) => {
                     if let Some(qcow2) = self.compressor {
-                        let written = qcow2.write_packed(clusters).await.map_err(format_error);
+                        let written = qcow2.write_packed(clusters).await.map_err(Error::from);
                         written.map_err(ToolError::request("writing the target", start))?;
                     }
                 }

@@ -4,6 +4,7 @@
 //! in, and the zones' records are installed when the bytes are there. What lies above a zone's written end is zeros to
 //! everybody, so nothing of it is read or written. Names, formats and messages are the caller's.
 
+mod backing;
 mod bytes;
 mod commit;
 mod compare;
@@ -13,6 +14,7 @@ mod target;
 mod work;
 mod zones;
 
+pub use backing::{backing_path, empty, set_backing};
 pub use commit::commit;
 pub use compare::{CompareOptions, Compared, Difference, compare};
 pub use copy::{CopyOptions, TargetHolds, copy};
@@ -23,7 +25,7 @@ pub use zones::CopiedZones;
 use std::ops::Range;
 
 use zbdkit_io::IoBuf;
-use zbdkit_qcow2::{Compression, Qcow2};
+use zbdkit_qcow2::Qcow2;
 
 use crate::device::Device;
 use crate::error::Error;
@@ -73,8 +75,8 @@ async fn fetch(node: &dyn Node, buf: &IoBuf, offset: u64) -> Result<(), ToolErro
 /// Writes bytes into an image below its zones. A qcow2 image is written directly: the node over it would give zones
 /// space ahead of a guest that fills them.
 async fn store(device: &Device, buf: IoBuf, offset: u64) -> Result<(), ToolError> {
-    let written = match qcow2(device) {
-        Some(image) => image.write(buf, offset).await.map_err(format_error),
+    let written = match device.qcow2() {
+        Some(image) => image.write(buf, offset).await.map_err(Error::from),
         None => device.below().write(&Lane::new(None, 0), buf, offset).await,
     };
     written.map_err(ToolError::request("writing", offset))
@@ -83,8 +85,8 @@ async fn store(device: &Device, buf: IoBuf, offset: u64) -> Result<(), ToolError
 /// Makes a range of an image read as zeros, below its zones.
 async fn zero(device: &Device, range: Range<u64>) -> Result<(), ToolError> {
     let (offset, len) = (range.start, range.end - range.start);
-    let zeroed = match qcow2(device) {
-        Some(image) => image.write_zeroes(offset, len, true).await.map_err(format_error),
+    let zeroed = match device.qcow2() {
+        Some(image) => image.write_zeroes(offset, len, true).await.map_err(Error::from),
         None => {
             let lane = Lane::new(None, 0);
             device.below().write_zeroes(&lane, offset, len, true).await
@@ -95,7 +97,7 @@ async fn zero(device: &Device, range: Range<u64>) -> Result<(), ToolError> {
 
 /// The clusters of an image that has some.
 fn cluster_size(device: &Device) -> u64 {
-    qcow2(device).map_or(4096, Qcow2::cluster_size)
+    device.qcow2().map_or(4096, Qcow2::cluster_size)
 }
 
 /// What an image reads as, whatever conditions its zones are in; zeros past its end.
@@ -158,23 +160,5 @@ impl<'a> Contents<'a> {
             self.device.below().map(at, len).await
         };
         extent.map_err(ToolError::request("looking at the image", at))
-    }
-}
-
-// Until crates/qcow2 and the node over it have these.
-
-/// The qcow2 image that an image's bytes lie in.
-fn qcow2(_: &Device) -> Option<&Qcow2> {
-    None
-}
-
-fn compress(_: Compression, _: &[u8]) -> Option<Vec<u8>> {
-    None
-}
-
-fn format_error(error: zbdkit_qcow2::Error) -> Error {
-    Error::Io {
-        op: "writing the image",
-        errno: error.errno(),
     }
 }

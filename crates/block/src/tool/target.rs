@@ -90,7 +90,9 @@ pub fn remove_target(host: &Arc<dyn Host>, path: &Path, sidecar: Option<&Path>) 
 /// # Errors
 /// Refused: why not.
 pub fn check_zones(source: &Device, geometry: &Geometry) -> Result<(), ToolError> {
-    let Some(from) = source.engine() else { return Ok(()) };
+    let Some(from) = source.engine() else {
+        return Ok(());
+    };
     if let Some(problem) = misfit(from.geometry(), geometry) {
         return Err(ToolError::Refused(problem));
     }

@@ -8,8 +8,8 @@ use std::path::Path;
 
 use anyhow::Context;
 use clap::Args;
-use zbdkit_block::tool::{self, CopiedZones, CopyOptions, TargetHolds};
 use zbdkit_block::Device;
+use zbdkit_block::tool::{self, CopiedZones, CopyOptions, TargetHolds};
 
 use crate::args;
 use crate::image::{Session, changing, graph_as, graph_of, looking};
@@ -209,12 +209,7 @@ async fn into_existing(args: &Convert, session: &Session, source: &Device) -> an
     finish(device, result).await
 }
 
-async fn into_new(
-    args: &Convert,
-    session: &Session,
-    source: &Device,
-    format: Format,
-) -> anyhow::Result<()> {
+async fn into_new(args: &Convert, session: &Session, source: &Device, format: Format) -> anyhow::Result<()> {
     let target = Target::plan(args, format, source)?;
     target.create(session).await?;
     let result = fill(args, session, source, &target).await;

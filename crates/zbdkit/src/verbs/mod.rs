@@ -1,5 +1,6 @@
 //! The verbs.
 
+pub mod commit;
 pub mod compare;
 pub mod completions;
 pub mod convert;
@@ -8,6 +9,7 @@ pub mod info;
 pub mod io;
 pub mod man;
 pub mod map;
+pub mod rebase;
 pub mod report;
 pub mod serve;
 pub mod set_zone;
@@ -27,6 +29,8 @@ pub fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Convert(args) => convert::run(&args),
         Verb::Compare(args) => return compare::run(&args),
         Verb::Map(args) => map::run(&args),
+        Verb::Rebase(args) => rebase::run(&args),
+        Verb::Commit(args) => commit::run(&args),
         Verb::Report(args) => report::run(&args),
         Verb::Io(args) => return io::run(&args),
         Verb::Reset(args) => zones::run(Op::Reset, &args),

@@ -1,9 +1,12 @@
 //! The command line as its users meet it: what it prints, where, and with which exit status.
 
+mod compare;
+mod convert;
 mod create;
 mod damage;
 mod disk_full;
 mod io;
+mod map;
 mod qemu_io;
 mod scale;
 mod serve;

@@ -102,7 +102,12 @@ impl Target {
     /// Removes what was made.
     pub fn remove(&self, session: &Session) {
         let sidecar = match &self.kind {
-            Kind::Zoned(options) => Some(options.sidecar.clone().unwrap_or_else(|| default_sidecar(&self.path))),
+            Kind::Zoned(options) => Some(
+                options
+                    .sidecar
+                    .clone()
+                    .unwrap_or_else(|| default_sidecar(&self.path)),
+            ),
             Kind::Plain { .. } => None,
         };
         tool::remove_target(session.host(), &self.path, sidecar.as_deref());
@@ -159,11 +164,30 @@ fn zones(asked: &Asked, path: &Path, size: u64, source: &Device) -> anyhow::Resu
         }
         let options = qcow2::zone_options(asked, path, size, false)?;
         let size = size.next_multiple_of(options.block_size.into());
-        let options = CreateOptions { size, force: true, ..options };
+        let options = CreateOptions {
+            size,
+            force: true,
+            ..options
+        };
         options.geometry()?;
         return Ok(Some(options));
     };
     let spec = *engine.geometry().spec();
+    let conventional = u64::from(spec.nr_conventional);
+    for (name, here) in [
+        ("zone.size", spec.zone_size),
+        ("zone.capacity", spec.zone_capacity),
+        ("zone.conventional_zones", conventional),
+    ] {
+        if asked.number(name).is_some_and(|asked| asked != here) {
+            return Err(Usage(format!(
+                "-o {name}={}: it is {here} in the source, and zones that have data cannot get another shape; leave it \
+                 out, or go through an image without zones (-o zone.mode=none)",
+                asked.number(name).unwrap_or_default()
+            ))
+            .into());
+        }
+    }
     let options = CreateOptions {
         model: match asked.text("zone.mode") {
             None => spec.model,
@@ -178,7 +202,9 @@ fn zones(asked: &Asked, path: &Path, size: u64, source: &Device) -> anyhow::Resu
         },
         zone_size: Some(asked.number("zone.size").unwrap_or(spec.zone_size)),
         zone_capacity: Some(asked.number("zone.capacity").unwrap_or(spec.zone_capacity)),
-        conventional_zones: asked.count("zone.conventional_zones").unwrap_or(spec.nr_conventional),
+        conventional_zones: asked
+            .count("zone.conventional_zones")
+            .unwrap_or(spec.nr_conventional),
         max_open: Some(asked.count("zone.max_open_zones").unwrap_or(spec.max_open)),
         max_active: asked.count("zone.max_active_zones").unwrap_or(spec.max_active),
         max_append: Some(asked.number("zone.max_append_bytes").unwrap_or(spec.max_append)),
