@@ -7,6 +7,7 @@
 //! moment, whatever lay there: rests of a larger device, the saved state of a guest, the backing image.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use zbdkit_io::IoBuf;
 use zbdkit_spec::qcow2::MAX_L1_BYTES;
@@ -347,6 +348,10 @@ impl Qcow2 {
         size: u64,
         old_l1: (u64, u64),
     ) -> Result<(), Error> {
+        if self.data.is_some() {
+            // Data may lie there now.
+            self.end.fetch_max(size, Ordering::Relaxed);
+        }
         if draft.l1_offset.is_none() {
             self.set_size(size);
             return Ok(());

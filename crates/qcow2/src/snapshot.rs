@@ -182,7 +182,7 @@ impl Qcow2 {
             }
             let raised = tables.raise(meta.refcounts()?, &comes).await;
             self.note(raised)?;
-            self.sync().await?;
+            // Synced by what writes the header.
             self.write_header(&mut meta, |header| {
                 header.l1_offset = offset;
                 header.l1_size = new.len() as u32;
@@ -274,7 +274,8 @@ impl Qcow2 {
         .await
     }
 
-    /// Counts everything that the active table reaches once more, durably, after its flags said so.
+    /// Counts everything that the active table reaches once more, after its flags said so durably. The counts are synced
+    /// by what writes the header.
     async fn share_active(&self, meta: &mut Meta, tables: &Tables, l1: &[u64]) -> Result<(), Error> {
         let cleared = self.clear_copied(tables, l1).await;
         // Also where it failed half-way, the cache must not say more than the file.
@@ -283,8 +284,7 @@ impl Qcow2 {
         self.rewrite_l1(meta, l1_uncopied(l1)).await?;
         self.sync().await?;
         let raised = tables.raise(meta.refcounts()?, l1).await;
-        self.note(raised)?;
-        self.sync().await
+        self.note(raised)
     }
 
     /// Clears the flag COPIED in all L2 tables of an L1 table.

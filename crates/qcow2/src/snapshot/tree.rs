@@ -80,10 +80,8 @@ impl<'a> Fixed<'a> {
         for run in &runs {
             let first = run.clusters.start << tables.cluster_bits;
             let len = (run.clusters.end - run.clusters.start) << tables.cluster_bits;
-            if let Some(cluster) = self.image.overlap(first, len) {
-                return Err(Error::Corrupt(format!(
-                    "data is mapped to cluster {cluster} of the file, where metadata lies"
-                )));
+            if let Some(place) = self.image.overlap(first, len) {
+                return Err(Error::Corrupt(format!("data is mapped to {place}")));
             }
         }
         Ok(runs)
