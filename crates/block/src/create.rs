@@ -106,6 +106,12 @@ pub enum CreateError {
     /// One of the files is there already.
     #[error("{path} exists already; remove it, choose another name, or say --force to replace it", path = .0.display())]
     Exists(PathBuf),
+    /// Options that do not fit together.
+    #[error("{0}")]
+    Refused(String),
+    /// The image's layout is none.
+    #[error(transparent)]
+    Layout(#[from] zbdkit_qcow2::Error),
     /// A file could not be made.
     #[error(transparent)]
     File(#[from] OpenError),

@@ -119,7 +119,11 @@ impl Graph {
     }
 
     /// The format that opening takes the image at the root for, found out without opening what lies below it.
-    pub async fn format(&self, host: &Arc<dyn Host>, options: &OpenOptions) -> Result<ImageFormat, OpenError> {
+    pub async fn format(
+        &self,
+        host: &Arc<dyn Host>,
+        options: &OpenOptions,
+    ) -> Result<ImageFormat, OpenError> {
         let opener = Opener { host, options };
         match &self.root {
             Description::Path(path) => opener.format_of(path).await,

@@ -1,6 +1,7 @@
 //! The format `qcow2` in the graph: the node, what an image may open below itself, and zones inside the image.
 
 mod ahead;
+mod create;
 mod directory;
 mod extension;
 mod gate;
@@ -8,6 +9,7 @@ mod node;
 mod words;
 mod zones;
 
+pub use create::{Qcow2CreateOptions, Qcow2Created, create_qcow2};
 pub use gate::ImageFormat;
 pub(crate) use gate::{Chain, backing_format, resolve};
 pub(crate) use node::NodeBacking;

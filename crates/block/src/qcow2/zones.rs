@@ -62,13 +62,10 @@ impl Described {
         }))
     }
 
-    /// The clusters that belong to all this, and what they hold.
+    /// The clusters that belong to all this, and what they hold; but for the bare table, which the format knows.
     pub fn areas(&self) -> Vec<(Range<u64>, &'static str)> {
         let range = |(offset, len): (u64, u64)| offset..offset.saturating_add(len);
-        let mut areas = vec![(
-            range((self.zones.table_offset, self.zones.table_len())),
-            "zoned metadata",
-        )];
+        let mut areas = Vec::new();
         if let Some(ours) = &self.ours {
             areas.push((range(ours.area), "zone table"));
             if ours.snapshots != (0, 0) {
