@@ -1,5 +1,7 @@
 //! The shapes of `--json`: field names are stable, sizes and offsets are bytes, absent things are null.
 
+pub mod qemu;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use clap::Args;
-use zbdkit_block::Device;
+use zbdkit_block::{Device, OpenOptions};
 use zbdkit_block::tool::{self, CopiedZones, CopyOptions, TargetHolds};
 
 use crate::args;
@@ -16,7 +16,7 @@ use crate::image::{Session, changing, graph_as, graph_of, looking};
 use crate::output::{Out, Usage, complain};
 use crate::progress::{Progress, Show};
 use crate::verbs::create::options::{self, Format};
-use target::Target;
+use target::{Source, Target};
 
 /// Copy an image, with its zones, into a new one of any format
 #[derive(Debug, Args)]
@@ -137,12 +137,20 @@ pub fn run(args: &Convert) -> anyhow::Result<()> {
     check(args, format)?;
     let graph = graph_as(&args.source, args.image_opts, args.source_format.as_deref())?;
     let session = Session::new()?;
-    session.with(&graph, &looking(args.force_share), async |source| {
+    let options = OpenOptions {
+        snapshot: args.snapshot.clone(),
+        ..looking(args.force_share)
+    };
+    session.with(&graph, &options, async |source| {
         target::refuse_same_file(args, &graph)?;
         if args.no_create || is_graph(&args.target) {
             into_existing(args, &session, source).await
         } else {
-            into_new(args, &session, source, format).await
+            let source = Source {
+                device: source,
+                path: graph.filename(),
+            };
+            into_new(args, &session, &source, format).await
         }
     })
 }
@@ -209,10 +217,15 @@ async fn into_existing(args: &Convert, session: &Session, source: &Device) -> an
     finish(device, result).await
 }
 
-async fn into_new(args: &Convert, session: &Session, source: &Device, format: Format) -> anyhow::Result<()> {
-    let target = Target::plan(args, format, source)?;
+async fn into_new(
+    args: &Convert,
+    session: &Session,
+    source: &Source<'_>,
+    format: Format,
+) -> anyhow::Result<()> {
+    let target = Target::plan(args, format, session, source).await?;
     target.create(session).await?;
-    let result = fill(args, session, source, &target).await;
+    let result = fill(args, session, source.device, &target).await;
     if result.is_err() {
         target.remove(session);
     }

@@ -162,7 +162,7 @@ fn limits_may_change_and_shapes_may_not() {
         ("zone.capacity=4M", "cannot get another shape"),
         ("zone.conventional_zones=1", "cannot get another shape"),
         ("zone.mode=none,zone.size=8M", "leave out the one or the others"),
-        ("zone.mode=foo", "modes are host-managed, host-aware"),
+        ("zone.mode=foo", "expected one of host-managed, host-aware, none"),
         ("size=32M", "a copy is not smaller"),
         ("zone.sice=1", "did you mean \"zone.size\"?"),
     ] {

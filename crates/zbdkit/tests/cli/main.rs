@@ -7,6 +7,8 @@ mod damage;
 mod disk_full;
 mod io;
 mod map;
+mod qcow2_info;
+mod qemu_img;
 mod qemu_io;
 mod scale;
 mod serve;

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use zbdkit_block::tool::{self, TargetHolds};
-use zbdkit_block::{CreateOptions, Device, Graph, default_sidecar};
+use zbdkit_block::{CreateOptions, Device, Graph, Qcow2CreateOptions, default_sidecar};
 use zbdkit_zone::Model;
 
 use super::Convert;
-use crate::image::{Session, graph_as};
+use crate::image::{Session, graph_as, looking};
 use crate::output::Usage;
 use crate::verbs::create::options::{Asked, Format};
 use crate::verbs::create::qcow2;
@@ -27,6 +27,7 @@ enum Kind {
     Plain { size: u64 },
     /// A file and its zone table.
     Zoned(Box<CreateOptions>),
+    Qcow2(Box<Qcow2CreateOptions>),
 }
 
 /// The format that was said, or that the name says.
@@ -48,33 +49,47 @@ pub fn refuse_same_file(args: &Convert, source: &Graph) -> anyhow::Result<()> {
 
 impl Target {
     /// Decides what is to be made, before anything that is there is touched.
-    pub fn plan(args: &Convert, format: Format, source: &Device) -> anyhow::Result<Target> {
+    pub async fn plan(args: &Convert, format: Format, session: &Session, source: &Source<'_>) -> anyhow::Result<Target> {
         let path = PathBuf::from(&args.target);
         let mut asked = Asked::read(format, &args.options)?;
         asked.override_with("backing_file", args.backing.clone());
         asked.override_with("backing_fmt", args.backing_format.clone());
         let drops_zones = asked.text("zone.mode") == Some("none");
         if drops_zones && asked.describes_zones_besides_mode() {
-            return Err(Usage(
-                "zone.mode=none makes a disk without zones, but other options describe zones: leave out the one or the others"
-                    .into(),
-            )
-            .into());
+            return Err(usage(
+                "zone.mode=none makes a disk without zones, but other options describe zones: leave out the one or the others",
+            ));
         }
-        let size = size(&asked, source)?;
-        let zones = match drops_zones {
-            true => None,
-            false => zones(&asked, &path, size, source)?,
-        };
-        let kind = match (format, zones) {
-            (Format::Raw, None) => Kind::Plain { size },
-            (Format::Raw, Some(options)) => Kind::Zoned(Box::new(options)),
-            (Format::Qcow2, _) => anyhow::bail!("format qcow2 is not there yet"),
+        let size = size(&asked, source.device)?;
+        let (kind, holds) = match format {
+            Format::Raw => {
+                let kind = match zones(&asked, &path, size, source.device)? {
+                    None => Kind::Plain { size },
+                    Some(options) => Kind::Zoned(Box::new(options)),
+                };
+                (kind, TargetHolds::Zeros)
+            }
+            Format::Qcow2 => {
+                let mut options = Qcow2CreateOptions {
+                    layout: qcow2::layout(&asked)?,
+                    force: true,
+                    ..Qcow2CreateOptions::new(&path, size)
+                };
+                let holds = match options.layout.backing.clone() {
+                    Some(backing) => check_backing(session, &path, &asked, &backing, source).await?,
+                    None => {
+                        options.zones = zones(&asked, &path, size, source.device)?;
+                        options.size = Some(options.zones.as_ref().map_or(size, |zones| zones.size));
+                        TargetHolds::Zeros
+                    }
+                };
+                (Kind::Qcow2(Box::new(options)), holds)
+            }
         };
         Ok(Target {
             path,
             kind,
-            holds: TargetHolds::Zeros,
+            holds,
             drops_zones,
         })
     }
@@ -87,6 +102,10 @@ impl Target {
             Kind::Zoned(options) => {
                 zbdkit_block::create(host, options).await?;
             }
+            Kind::Qcow2(options) => {
+                tool::clear_table(host, &self.path).await?;
+                zbdkit_block::create_qcow2(host, options).await?;
+            }
         }
         Ok(())
     }
@@ -96,6 +115,7 @@ impl Target {
         match &self.kind {
             Kind::Plain { .. } => graph_as(self.path.as_os_str(), false, Some("raw")),
             Kind::Zoned(options) => zoned_graph(&self.path, options.sidecar.as_deref()),
+            Kind::Qcow2(_) => graph_as(self.path.as_os_str(), false, Some("qcow2")),
         }
     }
 
@@ -108,7 +128,7 @@ impl Target {
                     .clone()
                     .unwrap_or_else(|| default_sidecar(&self.path)),
             ),
-            Kind::Plain { .. } => None,
+            Kind::Plain { .. } | Kind::Qcow2(_) => None,
         };
         tool::remove_target(session.host(), &self.path, sidecar.as_deref());
     }
@@ -122,6 +142,53 @@ impl Target {
     pub fn drops_zones(&self) -> bool {
         self.drops_zones
     }
+}
+
+/// What there is to know of the source.
+pub struct Source<'a> {
+    pub device: &'a Device,
+    /// Where it lies, if it has a name.
+    pub path: Option<PathBuf>,
+}
+
+/// Looks whether the backing image and the source go together, and whether it is the source's own.
+async fn check_backing(
+    session: &Session,
+    path: &Path,
+    asked: &Asked,
+    (name, format): &(String, Option<String>),
+    source: &Source<'_>,
+) -> anyhow::Result<TargetHolds> {
+    if let Some(option) = asked.zone_option() {
+        return Err(usage(&format!(
+            "an image over a backing image has the zones of that, or none: leave out {option}"
+        )));
+    }
+    let base_path = tool::backing_path(path, name)?;
+    let base = graph_as(base_path.as_os_str(), false, format.as_deref())?;
+    let base = base.open(session.host(), &looking(false)).await?;
+    let fits = match (source.device.engine(), base.limits().zoned) {
+        (Some(_), Some(geometry)) => tool::check_zones(source.device, &geometry).map_err(Into::into),
+        (None, None) => Ok(()),
+        (Some(_), None) => Err(usage(
+            "the source has zones, but the backing image has none: the overlay would have none",
+        )),
+        (None, Some(_)) => Err(usage(
+            "the backing image has zones, and so would the overlay, but the source has none",
+        )),
+    };
+    base.close().await?;
+    fits?;
+    let own = source.device.backing().and_then(|backing| {
+        let own = tool::backing_path(source.path.as_deref()?, &backing.name).ok()?;
+        std::fs::canonicalize(own).ok()
+    });
+    let shared = own.is_some() && own == std::fs::canonicalize(&base_path).ok();
+    Ok(TargetHolds::Backing { shared })
+}
+
+fn usage(text: &str) -> anyhow::Error {
+    Usage(text.to_owned()).into()
 }
 
 fn zoned_graph(path: &Path, sidecar: Option<&Path>) -> anyhow::Result<Graph> {
@@ -158,6 +225,9 @@ fn size(asked: &Asked, source: &Device) -> anyhow::Result<u64> {
 /// The target's zones: the source's with what the options change; of a source without zones those that the options
 /// describe, if they do.
 fn zones(asked: &Asked, path: &Path, size: u64, source: &Device) -> anyhow::Result<Option<CreateOptions>> {
+    if asked.text("zone.mode") == Some("none") {
+        return Ok(None);
+    }
     let Some(engine) = source.engine() else {
         if asked.zone_option().is_none() {
             return Ok(None);
@@ -190,15 +260,9 @@ fn zones(asked: &Asked, path: &Path, size: u64, source: &Device) -> anyhow::Resu
     }
     let options = CreateOptions {
         model: match asked.text("zone.mode") {
-            None => spec.model,
             Some("host-managed") => Model::HostManaged,
             Some("host-aware") => Model::HostAware,
-            Some(other) => {
-                return Err(Usage(format!(
-                    "-o zone.mode={other}: modes are host-managed, host-aware and none"
-                ))
-                .into());
-            }
+            _ => spec.model,
         },
         zone_size: Some(asked.number("zone.size").unwrap_or(spec.zone_size)),
         zone_capacity: Some(asked.number("zone.capacity").unwrap_or(spec.zone_capacity)),

@@ -1,13 +1,18 @@
 //! `zbdkit info`: what an image is.
 
+mod chain;
+mod qcow2;
+pub mod snapshots;
+
 use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use clap::Args;
-use zbdkit_block::{Device, format_size};
+use zbdkit_block::{Device, Graph, ImageFormat, format_size};
 use zbdkit_zone::{Filter, Geometry, Model};
 
+use crate::args::OutputArg;
 use crate::image::{ImageArgs, Session, looking};
 use crate::output::Out;
 use crate::shapes::{Conditions, ImageInfo, Table, Zoned};
@@ -19,24 +24,48 @@ pub struct Info {
     #[command(flatten)]
     pub image: ImageArgs,
 
+    /// Take the image for this format instead of finding out
+    #[arg(short, long, value_name = "FORMAT")]
+    pub format: Option<String>,
+
+    /// Show the images below a qcow2 image too
+    #[arg(long)]
+    pub backing_chain: bool,
+
     /// Look even while another process writes the image; what is shown may be a moment old
     #[arg(short = 'U', long)]
     pub force_share: bool,
 
-    /// Print as JSON
+    /// How to print it
+    #[arg(long, value_name = "FORM", default_value = "human")]
+    pub output: OutputArg,
+
+    /// The same as --output json
     #[arg(long)]
     pub json: bool,
 }
 
 const AFTER_HELP: &str = "\
 Examples:
-  zbdkit info disk.raw
+  zbdkit info disk.qcow2
+  zbdkit info --backing-chain --json overlay.qcow2
   zbdkit info -U --json disk.raw | jq .conditions
 
 Looking takes QEMU's read locks and changes nothing, so damage that is reported as made good is still there until the \
 image is next opened for writing.
 
-JSON:
+JSON of a qcow2 image:
+  As qemu-img prints it: {filename, format, virtual-size, actual-size,
+  cluster-size, dirty-flag, backing-filename, full-backing-filename,
+  backing-filename-format, snapshots, children, format-specific: {type, data:
+  {compat, compression-type, lazy-refcounts, refcount-bits, corrupt,
+  extended-l2, data-file, zoned: {mode, nr-zones, zone-size, zone-capacity,
+  conventional-zones, max-active-zones, max-open-zones}}}}; ours are in zoned
+  {max-append-bytes, block-size, conditions: {CONDITION: COUNT, ...}, table:
+  {uuid, epoch, clean}} and notices: [TEXT, ...]. Absent things are left out.
+  With --backing-chain an array, the image itself first.
+
+JSON of other images:
   {image, filename, driver, size, block_size, disk_usage, zoned: {model,
   zone_size, zone_capacity, nr_zones, nr_conventional, max_open, max_active,
   max_append} or null, conditions: {CONDITION: COUNT, ...} or null, table:
@@ -44,10 +73,27 @@ JSON:
   in bytes, a limit of 0 is no limit";
 
 pub fn run(args: &Info) -> anyhow::Result<()> {
-    let graph = args.image.graph()?;
+    let graph = args.image.graph_as(args.format.as_deref())?;
     let session = Session::new()?;
-    let info = session.with(&graph, &looking(args.force_share), async |device| {
-        Ok(ImageInfo {
+    let format = session.run(graph.format(session.host(), &looking(args.force_share)))?;
+    let mut out = Out::new();
+    match (format, graph.filename()) {
+        (ImageFormat::Qcow2, Some(path)) => chain::show(&mut out, &session, &graph, &path, args)?,
+        _ => show(&mut out, &session, &graph, args)?,
+    }
+    out.flush()
+}
+
+impl Info {
+    fn as_json(&self) -> bool {
+        self.json || self.output == OutputArg::Json
+    }
+}
+
+/// Shows an image that is not qcow2.
+fn show(out: &mut Out, session: &Session, graph: &Graph, args: &Info) -> anyhow::Result<()> {
+    let (info, geometry) = session.with(graph, &looking(args.force_share), async |device| {
+        let info = ImageInfo {
             image: args.image.image.to_string_lossy().into_owned(),
             disk_usage: graph.filename().as_deref().and_then(disk_usage),
             filename: graph.filename(),
@@ -64,17 +110,14 @@ pub fn run(args: &Info) -> anyhow::Result<()> {
                 clean: status.clean,
             }),
             notices: device.notices().to_vec(),
-        })
-        .map(|info| (info, device.limits().zoned))
-    });
-    let (info, geometry) = info?;
-    let mut out = Out::new();
-    if args.json {
-        out.json(&info)?;
+        };
+        Ok((info, device.limits().zoned))
+    })?;
+    if args.as_json() {
+        out.json(&info)
     } else {
-        print(&mut out, &info, geometry.as_ref())?;
+        print(out, &info, geometry.as_ref())
     }
-    out.flush()
 }
 
 fn disk_usage(path: &Path) -> Option<u64> {
@@ -106,27 +149,36 @@ fn print(out: &mut Out, info: &ImageInfo, geometry: Option<&Geometry>) -> anyhow
     }
     out.line(format_args!("block size: {} bytes", info.block_size))?;
     match geometry {
-        Some(geometry) => print_zones(out, info, geometry)?,
+        Some(geometry) => print_zones(out, geometry, info.conditions.as_ref())?,
         None => out.line("zones: none")?,
     }
     if let Some(table) = &info.table {
         out.line(format_args!("zone table: {}", table.path.display()))?;
-        out.line(format_args!("uuid: {}", table.uuid))?;
-        out.line(match (table.epoch, table.clean) {
-            (0, _) => "state: never opened for writing".to_owned(),
-            (n, true) => format!("state: closed cleanly (epoch {n})"),
-            (n, false) => {
-                format!("state: not closed (epoch {n}): in use, or its process died and the next opening recovers it")
-            }
-        })?;
+        print_state(out, &table.uuid, table.epoch, table.clean)?;
     }
-    for notice in &info.notices {
-        out.line(format_args!("notice: {notice}"))?;
-    }
-    Ok(())
+    print_notices(out, &info.notices)
 }
 
-fn print_zones(out: &mut Out, info: &ImageInfo, geometry: &Geometry) -> anyhow::Result<()> {
+fn print_state(out: &mut Out, uuid: &str, epoch: u64, clean: bool) -> anyhow::Result<()> {
+    out.line(format_args!("uuid: {uuid}"))?;
+    out.line(match (epoch, clean) {
+        (0, _) => "state: never opened for writing".to_owned(),
+        (n, true) => format!("state: closed cleanly (epoch {n})"),
+        (n, false) => {
+            format!(
+                "state: not closed (epoch {n}): in use, or its process died and the next opening recovers it"
+            )
+        }
+    })
+}
+
+fn print_notices(out: &mut Out, notices: &[String]) -> anyhow::Result<()> {
+    notices
+        .iter()
+        .try_for_each(|notice| out.line(format_args!("notice: {notice}")))
+}
+
+fn print_zones(out: &mut Out, geometry: &Geometry, conditions: Option<&Conditions>) -> anyhow::Result<()> {
     let spec = geometry.spec();
     let limit = |n: u32| match n {
         0 => "no limit".to_owned(),
@@ -155,10 +207,7 @@ fn print_zones(out: &mut Out, info: &ImageInfo, geometry: &Geometry) -> anyhow::
         0 => "max append: not supported".to_owned(),
         bytes => format!("max append: {}", format_size(bytes)),
     })?;
-    let conditions = info
-        .conditions
-        .iter()
-        .flat_map(|conditions| conditions.0.values());
+    let conditions = conditions.iter().flat_map(|conditions| conditions.0.values());
     let counts: Vec<_> = conditions
         .map(|(name, count)| format!("{count} {name}"))
         .collect();
