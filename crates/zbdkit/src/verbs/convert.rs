@@ -8,8 +8,8 @@ use std::path::Path;
 
 use anyhow::Context;
 use clap::Args;
-use zbdkit_block::{Device, OpenOptions};
 use zbdkit_block::tool::{self, CopiedZones, CopyOptions, TargetHolds};
+use zbdkit_block::{Device, OpenOptions};
 
 use crate::args;
 use crate::image::{Session, changing, graph_as, graph_of, looking};

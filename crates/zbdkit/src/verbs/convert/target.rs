@@ -24,7 +24,9 @@ pub struct Target {
 
 enum Kind {
     /// A file without zones.
-    Plain { size: u64 },
+    Plain {
+        size: u64,
+    },
     /// A file and its zone table.
     Zoned(Box<CreateOptions>),
     Qcow2(Box<Qcow2CreateOptions>),
@@ -49,7 +51,12 @@ pub fn refuse_same_file(args: &Convert, source: &Graph) -> anyhow::Result<()> {
 
 impl Target {
     /// Decides what is to be made, before anything that is there is touched.
-    pub async fn plan(args: &Convert, format: Format, session: &Session, source: &Source<'_>) -> anyhow::Result<Target> {
+    pub async fn plan(
+        args: &Convert,
+        format: Format,
+        session: &Session,
+        source: &Source<'_>,
+    ) -> anyhow::Result<Target> {
         let path = PathBuf::from(&args.target);
         let mut asked = Asked::read(format, &args.options)?;
         asked.override_with("backing_file", args.backing.clone());
