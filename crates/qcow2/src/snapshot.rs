@@ -114,14 +114,14 @@ impl Qcow2 {
         list.entries.push(table::Entry::new(snapshot.clone()));
         let switched = async {
             let (offset, len) = self.place_list(&mut meta, &list).await?;
-            let ready = self.share_active(&mut meta, &tables, &l1).await;
-            let switched = match ready {
-                Ok(()) => {
-                    self.switch_list(&mut meta, offset, &list, |header| also(header, &snapshot))
-                        .await
-                }
-                Err(error) => Err(error),
+            let switched = async {
+                // What could be refused comes before what cannot be taken back.
+                let mut header = with_list(&meta.header, offset, &list);
+                also(&mut header, &snapshot)?;
+                self.share_active(&mut meta, &tables, &l1).await?;
+                self.switch_header(&mut meta, header).await
             };
+            let switched = switched.await;
             if switched.is_err() {
                 self.unplace(&mut meta, offset, len);
             }
@@ -175,6 +175,11 @@ impl Qcow2 {
         let (old_offset, old_len) = (meta.header.l1_offset, 8 * old.len() as u64);
         let offset = self.place(&mut meta, &l1_bytes(&new)).await?;
         let switched = async {
+            let mut header = meta.header.clone();
+            header.l1_offset = offset;
+            header.l1_size = new.len() as u32;
+            header.size = snapshot.disk_size;
+            also(&mut header)?;
             if copied {
                 // Another program left the flags in the snapshot's tables.
                 self.clear_copied(&tables, &comes).await?;
@@ -183,13 +188,7 @@ impl Qcow2 {
             let raised = tables.raise(meta.refcounts()?, &comes).await;
             self.note(raised)?;
             // Synced by what writes the header.
-            self.write_header(&mut meta, |header| {
-                header.l1_offset = offset;
-                header.l1_size = new.len() as u32;
-                header.size = snapshot.disk_size;
-                also(header)
-            })
-            .await
+            self.switch_header(&mut meta, header).await
         };
         if let Err(error) = switched.await {
             self.unplace(&mut meta, offset, 8 * new.len() as u64);
@@ -224,7 +223,11 @@ impl Qcow2 {
 
         let (old_table, old_len) = (meta.header.snapshots_offset, list.len);
         let (offset, len) = self.place_list(&mut meta, &list).await?;
-        let switched = self.switch_list(&mut meta, offset, &list, also).await;
+        let mut header = with_list(&meta.header, offset, &list);
+        let switched = match also(&mut header) {
+            Ok(()) => self.switch_header(&mut meta, header).await,
+            Err(error) => Err(error),
+        };
         if let Err(error) = switched {
             self.unplace(&mut meta, offset, len);
             return Err(error);
@@ -258,18 +261,11 @@ impl Qcow2 {
         Ok((self.place(meta, &bytes).await?, bytes.len() as u64))
     }
 
-    /// The header names the new snapshot table.
-    async fn switch_list(
-        &self,
-        meta: &mut Meta,
-        offset: u64,
-        list: &Table,
-        also: impl FnOnce(&mut Header) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    /// Writes the header that switches; what it names is synced before.
+    async fn switch_header(&self, meta: &mut Meta, new: Header) -> Result<(), Error> {
         self.write_header(meta, |header| {
-            header.snapshots_offset = offset;
-            header.nb_snapshots = list.entries.len() as u32;
-            also(header)
+            *header = new;
+            Ok(())
         })
         .await
     }
@@ -359,6 +355,14 @@ impl Qcow2 {
 pub async fn read_snapshots(file: &File, header: &Header) -> Result<Vec<Snapshot>, Error> {
     let list = table::read(file, header).await?;
     Ok(list.entries.into_iter().map(|entry| entry.snapshot).collect())
+}
+
+/// The header, once it names this snapshot table.
+fn with_list(header: &Header, offset: u64, list: &Table) -> Header {
+    let mut header = header.clone();
+    header.snapshots_offset = offset;
+    header.nb_snapshots = list.entries.len() as u32;
+    header
 }
 
 fn flag_for(count: u64) -> u64 {

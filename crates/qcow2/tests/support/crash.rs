@@ -178,6 +178,13 @@ impl Disk {
         }
     }
 
+    /// A file that holds these bytes, durably.
+    pub fn from_vec(from: &[u8]) -> Disk {
+        let mut bytes = Bytes::default();
+        bytes.write(0, from);
+        Disk::of(bytes)
+    }
+
     /// Lets requests take a while, so that they overtake each other.
     pub fn delay(&self, seed: u64) {
         self.with(|state| state.rng = Some(Rng(seed)));
