@@ -7,6 +7,7 @@ mod damage;
 mod disk_full;
 mod io;
 mod map;
+mod qcow2_create;
 mod qcow2_info;
 mod qemu_img;
 mod qemu_io;

@@ -6,12 +6,12 @@ pub mod qcow2;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use zbdkit_block::{CreateError, CreateOptions, Created, default_sidecar, format_size};
-use zbdkit_zone::{GeometryError, GeometrySpec};
+use zbdkit_block::{CreateError, CreateOptions, Created, Qcow2CreateOptions, default_sidecar, format_size};
+use zbdkit_zone::{Geometry, GeometryError, GeometrySpec};
 
 use crate::args;
 use crate::image::{Session, shell_quoted};
-use crate::output::{Out, Usage};
+use crate::output::{Out, Usage, complain};
 use crate::shapes;
 use options::{Asked, Format, Value};
 use qcow2::Zones;
@@ -245,18 +245,55 @@ fn explained(error: CreateError, asked: &Asked) -> anyhow::Error {
     }
 }
 
-fn qcow2_image(_out: &mut Out, args: &Create, asked: &Asked) -> anyhow::Result<()> {
-    let layout = qcow2::layout(asked)?;
-    let zones = qcow2::zones(asked, args.format.is_some())?;
-    if layout.size == 0 && asked.number("size").is_none() && (layout.backing.is_none() || args.backing_unsafe)
-    {
+fn qcow2_image(out: &mut Out, args: &Create, asked: &Asked) -> anyhow::Result<()> {
+    let mut layout = qcow2::layout(asked)?;
+    let size = asked.number("size").map(|_| layout.size);
+    if size.is_none() && (layout.backing.is_none() || args.backing_unsafe) {
         return Err(no_size());
     }
-    let _zones = match zones {
+    let zones = match qcow2::zones(asked, args.format.is_some())? {
         Zones::None | Zones::Inherited => None,
         Zones::Described => Some(qcow2::zone_options(asked, &args.path, layout.size, true)?),
     };
-    anyhow::bail!("format qcow2 is not there yet")
+    let options = Qcow2CreateOptions {
+        path: args.path.clone(),
+        layout: layout.clone(),
+        size,
+        zones,
+        unsafe_backing: args.backing_unsafe,
+        force: args.force,
+    };
+    let session = Session::new()?;
+    let made = session
+        .run(zbdkit_block::create_qcow2(session.host(), &options))
+        .map_err(|error| explained(error, asked))?;
+    for notice in &made.notices {
+        complain(format_args!("warning: {notice}"));
+    }
+    if args.json {
+        return out.json(&shapes::Created {
+            image: args.path.clone(),
+            format: "qcow2",
+            sidecar: None,
+            uuid: made.uuid.map(|uuid| uuid.to_string()),
+            size: made.size,
+            block_size: made.geometry.map(|geometry| geometry.block_size()),
+            zoned: made.geometry.as_ref().map(shapes::Zoned::of),
+        });
+    }
+    if args.quiet {
+        return Ok(());
+    }
+    layout.size = made.size;
+    let spec = made.geometry.as_ref().map(Geometry::spec);
+    out.line(qcow2::formatting(&args.path, asked, &layout, spec))?;
+    match &made.geometry {
+        // Who says -f qcow2 is used to qemu-img, which prints nothing more.
+        Some(geometry) if args.format.is_none() => {
+            out.line(hint(geometry, "the image", &shell_quoted(&args.path)))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether another zone size would do.
@@ -300,10 +337,14 @@ fn raw_hint(path: &Path, made: &Created) -> String {
         );
         shell_quoted(Path::new(&graph))
     };
+    hint(&made.geometry, &made.sidecar.display().to_string(), &image)
+}
+
+/// What was made and what comes next; `image` can be pasted into a shell.
+fn hint(geometry: &Geometry, table: &str, image: &str) -> String {
     format!(
-        "{} zones of {}, zone table in {}. Next: zbdkit serve {image} --vhost-user-blk /tmp/zbd.sock",
-        made.geometry.nr_zones(),
-        format_size(made.geometry.zone_size()),
-        made.sidecar.display(),
+        "{} zones of {}, zone table in {table}. Next: zbdkit serve {image} --vhost-user-blk /tmp/zbd.sock",
+        geometry.nr_zones(),
+        format_size(geometry.zone_size()),
     )
 }

@@ -28,15 +28,16 @@ pub enum Zones {
 pub fn zones(asked: &Asked, format_was_said: bool) -> anyhow::Result<Zones> {
     let backing = asked.text("backing_file").is_some();
     match (asked.text("zone.mode"), asked.zone_option()) {
+        (_, Some(option)) if backing => Err(Usage(format!(
+            "an image over a backing image has the zones of that, or none: leave out {option}"
+        ))
+        .into()),
         (Some("none"), _) if asked.describes_zones_besides_mode() => Err(Usage(
-            "zone.mode=none makes a disk without zones, but other options describe zones: leave out the one or the others".into(),
+            "zone.mode=none makes a disk without zones, but other options describe zones: leave out the one or the others"
+                .into(),
         )
         .into()),
         (Some("none"), _) => Ok(Zones::None),
-        (_, Some(option)) if backing => Err(Usage(format!(
-            "an image over a backing image has the zones of that: leave out {option}"
-        ))
-        .into()),
         (_, Some(_)) => Ok(Zones::Described),
         (_, None) if backing => Ok(Zones::Inherited),
         (_, None) if format_was_said => Ok(Zones::None),
@@ -314,7 +315,7 @@ mod tests {
             ("zone.mode=none,zone.size=64M", "leave out"),
             (
                 "backing_file=b,zone.size=64M",
-                "has the zones of that: leave out zone.size",
+                "has the zones of that, or none: leave out zone.size",
             ),
         ] {
             let error = zones(&asked(options), true).unwrap_err().to_string();
