@@ -11,18 +11,16 @@ mod stats;
 mod transfer;
 mod zone;
 
-use std::ffi::OsStr;
 use std::io::BufRead;
-use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 
 use anyhow::Context;
 use clap::Args;
-use zbdkit_block::{Device, Error, Graph, Lane, OpenOptions};
+use zbdkit_block::{Device, Error, Lane, OpenOptions};
 
-use crate::image::{ImageArgs, Session, raw_graph};
-use crate::output::{Out, Usage, complain};
+use crate::image::{ImageArgs, Session};
+use crate::output::{Out, complain};
 use aio::InFlight;
 
 /// Exercise an image with qemu-io's commands: zrp zo zc zf zrs zap, read, write, ...
@@ -48,7 +46,7 @@ pub struct Io {
     #[arg(short = 'U', long, requires = "read_only")]
     pub force_share: bool,
 
-    /// Format of the file: raw. A file without a zone table is then opened as a disk without zones
+    /// Format of the image: raw or qcow2. A raw file without a zone table is then opened as a disk without zones
     #[arg(short, long, value_name = "FORMAT", conflicts_with = "image_opts")]
     pub format: Option<String>,
 }
@@ -96,7 +94,7 @@ pub enum Step {
 const DEPTH: u32 = 128;
 
 pub fn run(args: &Io) -> anyhow::Result<ExitCode> {
-    let graph = graph(args)?;
+    let graph = args.image.graph_as(args.format.as_deref())?;
     let options = OpenOptions {
         read_only: args.read_only,
         force_share: args.force_share,
@@ -119,16 +117,6 @@ pub fn run(args: &Io) -> anyhow::Result<ExitCode> {
         Ok(ok)
     })?;
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn graph(args: &Io) -> anyhow::Result<Graph> {
-    match args.format.as_deref() {
-        None => args.image.graph(),
-        Some("raw") => raw_graph(Path::new(&args.image.image)),
-        Some("qcow2") => anyhow::bail!("format qcow2 is not there yet"),
-        Some(other) => Err(Usage(format!("format {other:?} is not known; formats are raw")).into()),
-    }
-    .with_context(|| OsStr::display(&args.image.image).to_string())
 }
 
 impl Shell {
