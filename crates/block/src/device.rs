@@ -59,6 +59,17 @@ impl Device {
         self.qcow2.as_ref().map(|node| node.image())
     }
 
+    pub(crate) fn qcow2_node(&self) -> Option<&Qcow2Node> {
+        self.qcow2.as_deref()
+    }
+
+    pub(crate) fn zoned_node(&self) -> Option<&ZonedNode> {
+        match &self.root {
+            Root::Zoned(node) => Some(node),
+            Root::Other(_) => None,
+        }
+    }
+
     /// What that image has below it.
     pub fn backing(&self) -> Option<&BackingImage> {
         self.qcow2.as_ref()?.backing()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use zbdkit_io::File;
-use zbdkit_qcow2::{Header, Qcow2};
+use zbdkit_qcow2::{Header, Qcow2, read_snapshots};
 use zbdkit_spec::qcow2::{AUTOCLEAR_ZONE_TABLE, INCOMPAT_ZONE_STATES, INCOMPAT_ZONED};
 
 use super::options::Options;
@@ -77,6 +77,8 @@ struct Begun {
     header: Header,
     described: Option<Described>,
     data: Option<(PathBuf, File)>,
+    /// Id of the snapshot that is looked at.
+    snapshot: Option<String>,
 }
 
 /// The incompatible features that the block layer looks after.
@@ -86,6 +88,7 @@ const OURS: u64 = INCOMPAT_ZONED | INCOMPAT_ZONE_STATES;
 struct Opened {
     node: Qcow2Node,
     described: Option<Described>,
+    snapshot: Option<String>,
 }
 
 impl Opener<'_> {
@@ -164,6 +167,10 @@ impl Opener<'_> {
             let node = Arc::new(opened.node);
             return Ok(Device::new(node.clone()).with_qcow2(node));
         };
+        if let Some(id) = opened.snapshot {
+            let (zoned, node) = qcow2::open_snapshot(opened.node, &described, &id, &path).await?;
+            return Ok(Device::zoned(zoned, Vec::new()).with_qcow2(node));
+        }
         let (zoned, node, notices) =
             qcow2::open(self.host, opened.node, described, &path, &run_state).await?;
         notices.iter().for_each(|notice| tracing::warn!("{notice}"));
@@ -216,21 +223,22 @@ impl Opener<'_> {
         let wrong = OpenError::image(&path);
         self.identify(&path, chain)?;
         let file = self.open_choice(&image.file)?;
-        let header = Header::read(&file).await.map_err(&wrong)?;
+        let mut header = Header::read(&file).await.map_err(&wrong)?;
         header.check_features(OURS).map_err(&wrong)?;
-        let described = Described::read(&file, &header, &path).await?;
+        let described = Described::of(&file, &header).await;
+        let described = described.map_err(|problem| OpenError::data(&path, problem))?;
         let data = self.open_data_file(&image, &header, chain)?;
-        if image.snapshot.is_some() && !image.file.read_only {
-            return Err(OpenError::Graph(
-                "an internal snapshot can only be read: open it read-only, or apply it first".into(),
-            ));
-        }
+        let snapshot = match &image.snapshot {
+            Some(wanted) => Some(view(&image, &file, &mut header, wanted).await?),
+            None => None,
+        };
         Ok(Begun {
             image,
             file,
             header,
             described,
             data,
+            snapshot,
         })
     }
 
@@ -242,6 +250,7 @@ impl Opener<'_> {
             header,
             described,
             data,
+            snapshot,
         } = begun;
         let options = zbdkit_qcow2::Options {
             read_only: image.file.read_only,
@@ -270,6 +279,7 @@ impl Opener<'_> {
         Ok(Opened {
             node: Qcow2Node::new(opened, &named.to_string_lossy(), backing),
             described,
+            snapshot,
         })
     }
 
@@ -369,6 +379,29 @@ impl Opener<'_> {
             .map_err(|e| OpenError::file(path, "cannot be identified", e))?;
         chain.add(path, id)
     }
+}
+
+/// Changes a header to show a snapshot, by id or name; the answer is its id.
+async fn view(image: &Image, file: &File, header: &mut Header, wanted: &str) -> Result<String, OpenError> {
+    if !image.file.read_only {
+        return Err(OpenError::Graph(
+            "an internal snapshot can only be read: open it read-only, or apply it first".into(),
+        ));
+    }
+    let path = &image.file.path;
+    let all = read_snapshots(file, header).await;
+    let all = all.map_err(OpenError::image(path))?;
+    let found = all
+        .iter()
+        .find(|snapshot| snapshot.id == wanted)
+        .or_else(|| all.iter().find(|snapshot| snapshot.name == wanted));
+    let Some(snapshot) = found else {
+        return Err(OpenError::data(path, format!("it has no snapshot {wanted:?}")));
+    };
+    header.l1_offset = snapshot.l1_offset;
+    header.l1_size = snapshot.l1_size;
+    header.size = snapshot.disk_size;
+    Ok(snapshot.id.clone())
 }
 
 /// What stands for "no node" in a description.

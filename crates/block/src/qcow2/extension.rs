@@ -395,6 +395,11 @@ impl Ours {
         }
     }
 
+    /// Puts it into a header that has one already.
+    pub fn put(&self, header: &mut Header) {
+        header.set_extension(EXT_ZBDKIT, Some(self.encode()));
+    }
+
     /// The extension's data.
     pub fn encode(&self) -> Vec<u8> {
         let ext = ZbdkitExtension {
@@ -413,7 +418,7 @@ impl Ours {
 /// Writes zones and what is ours into a header: with these bits and extensions, all of it counts.
 pub fn put(header: &mut Header, zones: &Zones, ours: &Ours, states: bool) {
     header.set_extension(EXT_ZONED, Some(zones.encode()));
-    header.set_extension(EXT_ZBDKIT, Some(ours.encode()));
+    ours.put(header);
     header.incompatible |= INCOMPAT_ZONED;
     header.autoclear |= AUTOCLEAR_ZONE_TABLE;
     if states || zones.model == Model::HostAware {

@@ -6,6 +6,7 @@ mod directory;
 mod extension;
 mod gate;
 mod node;
+mod offline;
 mod words;
 mod zones;
 
@@ -14,4 +15,4 @@ pub use gate::ImageFormat;
 pub(crate) use gate::{Chain, backing_format, resolve};
 pub(crate) use node::NodeBacking;
 pub use node::{BackingImage, Qcow2Node};
-pub(crate) use zones::{Described, open};
+pub(crate) use zones::{Described, open, open_snapshot};

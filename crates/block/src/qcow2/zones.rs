@@ -41,18 +41,15 @@ pub struct Described {
 }
 
 impl Described {
-    /// Reads what the header names. `None` where the image has no zones.
-    pub async fn read(file: &File, header: &Header, path: &Path) -> Result<Option<Described>, OpenError> {
-        let wrong = |problem: String| OpenError::data(path, problem);
-        let len = file
-            .len()
-            .map_err(|e| OpenError::file(path, "cannot be looked at", e))?;
-        let Some(zones) = extension::zones(header, len).map_err(wrong)? else {
+    /// Reads what the header names. `None` where the image has no zones. The error is for the user.
+    pub async fn of(file: &File, header: &Header) -> Result<Option<Described>, String> {
+        let len = file.len().map_err(|e| format!("cannot be looked at: {e}"))?;
+        let Some(zones) = extension::zones(header, len)? else {
             return Ok(None);
         };
-        let ours = Ours::current(header).map_err(wrong)?;
+        let ours = Ours::current(header)?;
         let directory = match &ours {
-            Some(ours) => Directory::load(file, ours.snapshots).await.map_err(wrong)?,
+            Some(ours) => Directory::load(file, ours.snapshots).await?,
             None => Directory::default(),
         };
         Ok(Some(Described {
@@ -75,6 +72,28 @@ impl Described {
         let frozen = self.directory.entries.iter();
         areas.extend(frozen.map(|frozen| (range(frozen.table), "zone table of a snapshot")));
         areas
+    }
+
+    /// The zones of a snapshot, by its id. The error is for the user.
+    pub async fn frozen(&self, file: &File, id: &str, ours: &Ours) -> Result<Known, String> {
+        let Some(frozen) = self.directory.find(id) else {
+            return Err(format!(
+                "the zones of snapshot {id} are not known: it was made, or its zone table was lost, by a program that does \
+                 not know zbdkit's zone tables"
+            ));
+        };
+        let damaged = |why: String| format!("the zone table of snapshot {id} cannot be used: {why}");
+        let loaded = Table::load(file.clone(), frozen.table.0, frozen.table.1).await;
+        let loaded = loaded.map_err(|error| damaged(error.to_string()))?;
+        let header = loaded.table.header();
+        if header.uuid != ours.uuid.into_bytes() || header.open != 0 {
+            return Err(damaged("it is not this image's".into()));
+        }
+        let spec = spec_of(header).map_err(|model| damaged(format!("zone model {model} is not known")))?;
+        Ok(Known {
+            geometry: Geometry::new(spec).map_err(|error| damaged(error.to_string()))?,
+            records: loaded.records,
+        })
     }
 
     /// Reads the table in the area.
@@ -204,6 +223,31 @@ pub async fn open(
     let (zoned, told) = ZonedNode::open_inside(host, node.clone(), inside).await?;
     notices.extend(told);
     Ok((zoned, node, notices))
+}
+
+/// Opens the view of a snapshot with the zones that it has, read-only.
+pub async fn open_snapshot(
+    node: Qcow2Node,
+    described: &Described,
+    id: &str,
+    path: &Path,
+) -> Result<(ZonedNode, Arc<Qcow2Node>), OpenError> {
+    let wrong = |problem: String| OpenError::data(path, problem);
+    let ours = described
+        .ours
+        .ok_or_else(|| wrong(format!("the zones of snapshot {id} are not known any more")))?;
+    let known = described
+        .frozen(node.image().file(), id, &ours)
+        .await
+        .map_err(wrong)?;
+    if known.geometry.size() != node.limits().size {
+        return Err(wrong(format!(
+            "the zone table of snapshot {id} is of another size than it"
+        )));
+    }
+    let node = Arc::new(node);
+    let zoned = ZonedNode::read_only(node.clone(), known.geometry, &known.records, "qcow2")?;
+    Ok((zoned, node))
 }
 
 /// What the user is told of an image whose area somebody else's writing has made stale.
@@ -368,26 +412,31 @@ async fn make_bare(
     geometry: &Geometry,
     records: &Records,
 ) -> Result<u64, zbdkit_qcow2::Error> {
-    let mut bytes = bare_words(geometry, records);
+    place(image, &bare_words(geometry, records))
+        .await
+        .map(|(offset, _)| offset)
+}
+
+/// Writes bytes into new clusters of our own, synced; where they lie, and their length.
+pub async fn place(image: &Qcow2, bytes: &[u8]) -> Result<(u64, u64), zbdkit_qcow2::Error> {
     let len = bytes.len() as u64;
     let offset = image.allocate_area(len).await?;
     let align = image.file().direct_align().unwrap_or(512).max(512) as usize;
-    bytes.resize(bytes.len().next_multiple_of(align), 0);
-    match write_area(image, offset, &bytes).await {
-        Ok(()) => Ok(offset),
+    let mut whole = bytes.to_vec();
+    whole.resize(bytes.len().next_multiple_of(align), 0);
+    let written = async {
+        let written = write_at(image.file(), &whole, offset).await;
+        written.map_err(format_error)?;
+        let synced = image.file().datasync().await;
+        synced.map_err(|error| zbdkit_qcow2::Error::io("syncing a zone table", &error))
+    };
+    match written.await {
+        Ok(()) => Ok((offset, len)),
         Err(error) => {
             free(image, (offset, len)).await;
             Err(error)
         }
     }
-}
-
-/// Writes bytes into clusters of our own, synced.
-pub async fn write_area(image: &Qcow2, offset: u64, bytes: &[u8]) -> Result<(), zbdkit_qcow2::Error> {
-    let written = write_at(image.file(), bytes, offset).await;
-    written.map_err(format_error)?;
-    let synced = image.file().datasync().await;
-    synced.map_err(|error| zbdkit_qcow2::Error::io("syncing a zone table", &error))
 }
 
 fn format_error(error: crate::zoned::TableError) -> zbdkit_qcow2::Error {

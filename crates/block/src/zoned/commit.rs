@@ -5,7 +5,7 @@
 //! be durable and may come without that sync; a finish brings its data along like a flush.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use zbdkit_zone::{Engine, ZoneNo, ZoneRecord};
@@ -33,6 +33,8 @@ pub struct Committer {
     tables: Mutex<Option<Tables>>,
     /// The first failed write-back, final for the epoch; 0 while there was none.
     failed: AtomicI32,
+    /// The table is not the image's any more.
+    abandoned: AtomicBool,
 }
 
 /// What the rounds write to.
@@ -54,6 +56,7 @@ impl Committer {
                 holder,
             })),
             failed: AtomicI32::new(0),
+            abandoned: AtomicBool::new(false),
         }
     }
 
@@ -115,8 +118,24 @@ impl Committer {
         self.check()
     }
 
+    /// The table was replaced by another one: nothing is written to this one any more.
+    pub fn abandon(&self, waiters: &Waiters) {
+        drop(lock(&self.tables).take());
+        self.abandoned.store(true, Ordering::Release);
+        let over = rustix::io::Errno::CANCELED.raw_os_error();
+        let _ = self
+            .failed
+            .compare_exchange(0, over, Ordering::AcqRel, Ordering::Acquire);
+        if let Err(error) = waiters.run_state.remove() {
+            tracing::warn!("the run state could not be removed: {error}");
+        }
+    }
+
     /// Ends the epoch cleanly: everything durable, then the mark cleared, then the run state removed.
     pub async fn close(&self, at: &Image<'_>) -> Result<(), Error> {
+        if self.abandoned.load(Ordering::Acquire) {
+            return Ok(());
+        }
         self.flush(&[], at).await?;
         let tables = lock(&self.tables).take();
         // Whatever still comes would find no table to be recorded in, and must not seem to have been.

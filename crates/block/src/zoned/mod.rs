@@ -79,6 +79,19 @@ impl ZonedNode {
         self.status.as_ref()
     }
 
+    /// Makes everything durable that was acknowledged, with its records in the table.
+    pub(crate) async fn settle(&self) -> Result<(), Error> {
+        self.check_epoch()?;
+        self.flush().await
+    }
+
+    /// The zone table was replaced by another one: nothing is changed through this node any more, and its run state goes.
+    pub(crate) fn end_epoch(&self) {
+        if let Durability::Table { committer, .. } = &self.durability {
+            committer.abandon(&self.waiters);
+        }
+    }
+
     /// As [`Node::read`], without a box.
     pub async fn read(&self, lane: &Lane, buf: IoBuf, offset: u64, cross: CrossZone) -> Result<(), Error> {
         match self.read_in_zone(lane, &buf, offset).await {
