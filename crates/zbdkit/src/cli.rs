@@ -24,16 +24,17 @@ pub struct Cli {
 
 const AFTER_HELP: &str = "\
 Examples:
-  zbdkit create disk.raw --size 768M --zone-size 64M --max-open 6 --max-active 8
-  zbdkit serve disk.raw --vhost-user-blk /tmp/disk.sock
-  zbdkit report disk.raw
-  zbdkit io disk.raw -c 'zrp 0 12' -c 'zap -p 0 0x1000 0x2000'
+  zbdkit create disk.qcow2 --size 768M --zone-size 64M --max-open 6 --max-active 8
+  zbdkit serve disk.qcow2 --vhost-user-blk /tmp/disk.sock
+  zbdkit report disk.qcow2
+  zbdkit io disk.qcow2 -c 'zrp 0 12' -c 'zap -p 0 0x1000 0x2000'
 
 Images:
-  An IMAGE is a path (its zone table is IMAGE.zones), a graph as QEMU writes
-  it (driver=zoned,file.driver=file,file.filename=disk.raw,sidecar=zones.tbl)
-  or the same as JSON (json:{\"driver\": \"zoned\", ...}). A comma in a value is
-  written twice. Drivers: file, memory, raw, zoned.
+  An IMAGE is a path, a graph as QEMU writes it (driver=zoned,
+  file.driver=file,file.filename=disk.raw,sidecar=zones.tbl) or the same as
+  JSON (json:{\"driver\": \"zoned\", ...}). A comma in a value is written twice.
+  Drivers: file, memory, qcow2, raw, zoned. A qcow2 image holds its zones
+  itself; the zone table of any other file IMAGE is IMAGE.zones.
 
 Units:
   Sizes and offsets are bytes, with a suffix k, M, G, T, P or E (powers of
@@ -44,6 +45,7 @@ Exit status:
   0  it worked
   1  it failed; the reason is on stderr
   2  the command line is wrong
+  'check' and 'compare' have their own, as in qemu-img
 
 Environment:
   RUST_LOG   what to log to stderr, as in RUST_LOG=zbdkit_block=debug
