@@ -42,7 +42,7 @@ pub enum Use {
     ZoneTable,
     /// What the caller named.
     Area,
-    /// Several uses that exclude each other.
+    /// Several kinds of metadata.
     Clash,
 }
 
@@ -86,7 +86,18 @@ impl Use {
 
     /// Whether a cluster may be used for both: snapshots share L2 tables and data, everything else is used once.
     fn goes_with(self, other: Use) -> bool {
-        matches!((self, other), (Use::L2, Use::L2) | (Use::Data, Use::Data))
+        self == Use::Free || matches!((self, other), (Use::L2, Use::L2) | (Use::Data, Use::Data))
+    }
+
+    /// What counts of two uses: metadata before data, since that is what a repair may write. The refcount structure,
+    /// which can be built anew elsewhere, comes last.
+    fn over(self, later: Use) -> Use {
+        match (self, later) {
+            (Use::Free | Use::Data, _) => later,
+            (_, Use::Data | Use::RefcountTable | Use::RefcountBlock) => self,
+            _ if self.goes_with(later) => self,
+            _ => Use::Clash,
+        }
     }
 }
 
@@ -144,11 +155,6 @@ impl Counts {
             .map_or(Use::Free, |page| page.get(cluster as u16).1)
     }
 
-    /// Whether the page of a cluster has references.
-    pub fn has_page(&self, cluster: u64) -> bool {
-        self.page(cluster).is_some()
-    }
-
     /// First clusters of the pages that have references, rising.
     pub fn pages(&self) -> impl DoubleEndedIterator<Item = u64> {
         self.numbers.keys().map(|number| number << PAGE_BITS)
@@ -196,11 +202,9 @@ impl Page {
 
     fn add(&mut self, index: u16, times: u32, for_what: Use) -> Option<Use> {
         let (count, before) = self.get(index);
-        let clash = before != Use::Free && !before.goes_with(for_what);
-        let after = if clash { Use::Clash } else { for_what };
         let count = u32::try_from(count + u64::from(times)).unwrap_or(u32::MAX);
-        self.set(index, count, after);
-        clash.then_some(before)
+        self.set(index, count, before.over(for_what));
+        (!before.goes_with(for_what)).then_some(before)
     }
 
     fn decrease(&mut self, index: u16) {
@@ -308,10 +312,12 @@ mod tests {
         assert_eq!(counts.add(5, 3, Use::Data), None);
         assert_eq!(counts.add(6, 2, Use::L2), None);
         assert_eq!(counts.add(6, 1, Use::Data), Some(Use::L2));
-        assert_eq!(counts.used_for(6), Use::Clash);
-        assert_eq!(counts.add(6, 1, Use::Data), Some(Use::Clash));
+        assert_eq!(counts.used_for(6), Use::L2);
         assert_eq!(counts.add(7, 1, Use::L1), None);
         assert_eq!(counts.add(7, 1, Use::L1), Some(Use::L1));
+        assert_eq!(counts.used_for(7), Use::Clash);
+        assert_eq!(counts.add(6, 1, Use::RefcountBlock), Some(Use::L2));
+        assert_eq!(counts.used_for(6), Use::L2);
         assert_eq!(counts.get(5), 4);
         assert_eq!(counts.highest(), Some(7));
     }

@@ -23,6 +23,8 @@ pub enum Block {
     None,
     /// Byte offset of its cluster.
     At(u64),
+    /// Byte offset of a cluster that holds something else: what it says are no counts.
+    Shared(u64),
     /// Nowhere that can be read.
     Unreadable,
 }
@@ -64,10 +66,10 @@ impl Disk {
         let bytes = clusters << header.cluster_bits;
         let (before, incomplete) = (found.report.corruptions, refs.incomplete);
         let marked = refs.mark(image, found, (offset, bytes), 1, Use::RefcountTable);
+        found.structure += found.report.corruptions - before;
         if marked == Marked::Outside {
             // It is replaced, and hides no reference.
             refs.incomplete = incomplete;
-            found.structure += found.report.corruptions - before;
         } else {
             let first = offset >> header.cluster_bits;
             disk.table = first..first + clusters;
@@ -79,9 +81,9 @@ impl Disk {
         // Not more than 8 MiB, and not more than the file has.
         let words = bytes.min(image.len - offset).div_ceil(8);
         for (index, word) in image.words(offset, words).await?.into_iter().enumerate() {
-            let block = disk.judge(image, found, index, word);
+            let mut block = disk.judge(image, found, index, word);
             if let Block::At(offset) = block {
-                disk.mark(image, refs, found, index, offset);
+                block = disk.mark(image, refs, found, index, offset);
             }
             disk.blocks.push(block);
         }
@@ -131,7 +133,12 @@ impl Disk {
         if offset >= image.len.next_multiple_of(image.cluster_size()) {
             self.damaged = true;
             found.structure(format_args!("ERROR refcount block {index} is outside image"));
-            return Block::None;
+            // Past the end there are zeros, but not past where a file can end.
+            return if offset > i64::MAX as u64 {
+                Block::Unreadable
+            } else {
+                Block::None
+            };
         }
         if offset == 0 {
             Block::None
@@ -147,22 +154,24 @@ impl Disk {
         found: &mut Found,
         index: usize,
         offset: u64,
-    ) {
+    ) -> Block {
         let cluster = offset >> image.header.cluster_bits;
-        if refs.counts.add(cluster, 1, Use::RefcountBlock).is_some() {
-            self.damaged = true;
-            found.structure(format_args!(
-                "ERROR refcount block {index} refcount={}",
-                refs.counts.get(cluster)
-            ));
+        if refs.counts.add(cluster, 1, Use::RefcountBlock).is_none() {
+            return Block::At(offset);
         }
+        self.damaged = true;
+        found.structure(format_args!(
+            "ERROR refcount block {index} refcount={}",
+            refs.counts.get(cluster)
+        ));
+        Block::Shared(offset)
     }
 
     /// Takes the references of the structure itself back: it will be replaced.
     pub fn unmark(&self, image: &Image<'_>, refs: &mut References) {
         let blocks = self.blocks.iter().filter_map(|block| match block {
-            Block::At(offset) => Some(offset >> image.header.cluster_bits),
-            _ => None,
+            Block::At(offset) | Block::Shared(offset) => Some(offset >> image.header.cluster_bits),
+            Block::None | Block::Unreadable => None,
         });
         for cluster in blocks.chain(self.table.clone()) {
             refs.counts.remove(cluster);
@@ -247,9 +256,13 @@ impl Disk {
         progress: &mut Progress<'_>,
     ) -> Differences {
         let mut differences = Differences::default();
+        let in_file = image.len.div_ceil(image.cluster_size());
+        let referenced = refs.counts.highest().unwrap_or(0);
+        differences.highest = referenced.min(in_file.saturating_sub(1));
         for index in self.indices(refs) {
             progress.step(1);
             match self.bytes(image, index).await {
+                _ if matches!(self.block(index), Block::Shared(_)) => {}
                 Ok(bytes) if self.block(index) != Block::Unreadable => {
                     let before = (found.low, found.report.leaks);
                     self.compare_block(image, refs, found, index, bytes.as_deref(), &mut differences);
@@ -257,6 +270,8 @@ impl Disk {
                         differences.blocks.push(index);
                     }
                 }
+                // It was told that the block is nowhere; what it does not count is not there.
+                _ if index * self.per_block >= in_file => {}
                 _ => {
                     found.unreadable_blocks += 1;
                     let first = index * self.per_block;
@@ -297,22 +312,24 @@ impl Disk {
             // Widths times numbers here are whole bytes.
             let part = bytes
                 .map(|bytes| &bytes[((at << self.order) / 8) as usize..][..((n << self.order) / 8) as usize]);
-            let zero = part.is_none_or(|part| part.iter().all(|byte| *byte == 0));
-            if zero && !refs.counts.has_page(first + at) {
+            let clusters = first + at..first + at + n;
+            if part.is_none_or(|part| part.iter().all(|byte| *byte == 0)) {
+                for cluster in refs.counts.referenced(clusters) {
+                    differences.homeless |= bytes.is_none();
+                    self.compare_cluster(image, found, cluster, 0, refs.counts.get(cluster));
+                }
                 at += n;
                 continue;
             }
-            for cluster in first + at..first + at + n {
+            for cluster in clusters {
                 let count = part.map_or(0, |part| get_count(part, self.order, cluster - first - at));
                 let reference = refs.counts.get(cluster);
-                if count == 0 && reference == 0 {
-                    continue;
-                }
-                if cluster < in_file {
+                if count > 0 && cluster < in_file {
                     differences.highest = differences.highest.max(cluster);
                 }
-                differences.homeless |= reference > 0 && bytes.is_none();
-                self.compare_cluster(image, found, cluster, count, reference);
+                if count != reference {
+                    self.compare_cluster(image, found, cluster, count, reference);
+                }
             }
             at += n;
         }

@@ -91,11 +91,17 @@ impl References {
         for cluster in first..=last {
             if let Some(other) = self.counts.add(cluster, times, for_what) {
                 marked = Marked::Shared;
-                found.corruption(format_args!(
-                    "ERROR cluster {cluster} holds {} and {}",
-                    other.name(),
-                    for_what.name()
-                ));
+                let (one, other) = (other.name(), for_what.name());
+                if one == other {
+                    found.corruption(format_args!("ERROR cluster {cluster} holds {one} twice"));
+                } else {
+                    found.corruption(format_args!("ERROR cluster {cluster} holds {one} and {other}"));
+                }
+                if matches!(for_what, Use::SnapshotL1 | Use::Bitmap) {
+                    // There may be many of them on one place, and they are not followed.
+                    self.incomplete = true;
+                    break;
+                }
             }
         }
         marked

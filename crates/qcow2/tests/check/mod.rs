@@ -1,5 +1,10 @@
 //! Images that QEMU made, and what both checks say of them.
 
+#![allow(dead_code, reason = "each test uses its part")]
+
+pub mod damage;
+pub mod world;
+
 use std::path::{Path, PathBuf};
 
 use zbdkit_qcow2::{CheckReport, Header, Repair};
@@ -208,12 +213,12 @@ pub fn ask(qemu: &Qemu, image: &Path, repair: Option<&str>) -> (Option<Counts>, 
         let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
         digits.parse().ok()
     };
-    let counts = number("total-clusters").map(|total| Counts {
+    let counts = number("check-errors").map(|check_errors| Counts {
         corruptions: number("corruptions").unwrap_or(0),
         leaks: number("leaks").unwrap_or(0),
-        check_errors: number("check-errors").unwrap_or(0),
+        check_errors,
         image_end: number("image-end-offset").unwrap_or(0),
-        total,
+        total: number("total-clusters").unwrap_or(0),
         allocated: number("allocated-clusters").unwrap_or(0),
         fragmented: number("fragmented-clusters").unwrap_or(0),
         compressed: number("compressed-clusters").unwrap_or(0),
