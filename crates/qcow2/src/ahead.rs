@@ -61,12 +61,38 @@ impl Qcow2 {
                 Some(_) => cluster,
                 None => self.take(meta, 1).await?.start,
             };
-            if self.data.is_none() {
-                join(taken, host..host + 1);
-            }
+            join(taken, host..host + 1);
             *entry = self.codec.data(host << self.cluster_bits);
         }
+        if self.data.is_some() {
+            // There they are not zeros because nobody named them.
+            let zeroed = self.zero_data(taken).await;
+            taken.clear();
+            zeroed?;
+        }
         self.set_entries(meta, first, &new).await
+    }
+
+    /// Makes clusters of the data file zeros, durably.
+    async fn zero_data(&self, runs: &[Range<u64>]) -> Result<(), Error> {
+        for run in runs {
+            self.punch(run).await?;
+        }
+        let synced = self.data_file().datasync().await;
+        self.note(synced.map_err(|e| Error::io("mapping ahead", &e)))
+    }
+
+    /// Makes clusters of the data file zeros, and gives their space back where its file system can.
+    async fn punch(&self, run: &Range<u64>) -> Result<(), Error> {
+        let (start, len) = (
+            run.start << self.cluster_bits,
+            (run.end - run.start) << self.cluster_bits,
+        );
+        if self.data_file().punch_hole(start, len).await.is_ok() {
+            return Ok(());
+        }
+        let zeroed = self.data_file().zero_range(start, len).await;
+        zeroed.map_err(|e| Error::io("zeroing clusters", &e))
     }
 
     /// A zone was reset: its contents go. Clusters of its own stay mapped, and give their space back to the file's
@@ -75,13 +101,11 @@ impl Qcow2 {
         self.check_change(range.start, range.end - range.start)?;
         let mut kept: Vec<Range<u64>> = Vec::new();
         self.remap(self.whole_clusters(&range), |cluster, old| {
-            if self.codec.has_cluster(old) && old.is_copied() {
-                let host = match self.data {
-                    Some(_) => cluster,
-                    None => old.offset() >> self.cluster_bits,
-                };
+            // One that was zeroed is none of those: as data it would show what it held before, until it is punched.
+            if self.codec.is_all_data(old) && old.is_copied() {
+                let host = old.offset() >> self.cluster_bits;
                 join(&mut kept, host..host + 1);
-                return Some(self.codec.data(host << self.cluster_bits));
+                return None;
             }
             match (self.shows_backing(cluster), self.version < 3) {
                 (true, true) => None,
@@ -96,11 +120,7 @@ impl Qcow2 {
                 (run.end - run.start) << self.cluster_bits,
             );
             self.check_overlap(start, len).await?;
-            let freed = self.data_file().punch_hole(start, len).await;
-            if freed.is_err() {
-                let zeroed = self.data_file().zero_range(start, len).await;
-                zeroed.map_err(|e| Error::io("release", &e))?;
-            }
+            self.punch(&run).await?;
         }
         Ok(())
     }
