@@ -3,5 +3,6 @@
 pub mod client;
 pub mod conformance;
 pub mod crash;
+pub mod diff;
 pub mod fault;
 pub mod kill;
