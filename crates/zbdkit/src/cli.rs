@@ -3,7 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::verbs::{
-    commit, compare, completions, convert, create, info, io, man, map, rebase, report, serve, set_zone, zones,
+    commit, compare, completions, convert, create, info, io, man, map, rebase, report, resize, serve,
+    set_zone, snapshot, zones,
 };
 
 /// Makes zoned block devices and attaches them to virtual machines
@@ -55,6 +56,8 @@ Environment:
 pub enum Verb {
     Create(create::Create),
     Info(info::Info),
+    Snapshot(snapshot::SnapshotArgs),
+    Resize(resize::Resize),
     Convert(convert::Convert),
     Compare(compare::Compare),
     Map(map::Map),

@@ -11,8 +11,10 @@ pub mod man;
 pub mod map;
 pub mod rebase;
 pub mod report;
+pub mod resize;
 pub mod serve;
 pub mod set_zone;
+pub mod snapshot;
 pub mod zones;
 
 use std::process::ExitCode;
@@ -26,6 +28,8 @@ pub fn run(verb: Verb) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::Create(args) => create::run(args),
         Verb::Info(args) => info::run(&args),
+        Verb::Snapshot(args) => snapshot::run(&args),
+        Verb::Resize(args) => resize::run(&args),
         Verb::Convert(args) => convert::run(&args),
         Verb::Compare(args) => return compare::run(&args),
         Verb::Map(args) => map::run(&args),

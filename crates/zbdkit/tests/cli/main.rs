@@ -9,6 +9,8 @@ mod io;
 mod map;
 mod qcow2_create;
 mod qcow2_info;
+mod qcow2_resize;
+mod qcow2_snapshot;
 mod qemu_img;
 mod qemu_io;
 mod scale;
