@@ -566,6 +566,37 @@ fn the_area_of_our_extension_is_not_given_away_by_who_does_not_name_it() {
     assert_eq!(image.check(Repair::All).leaks_fixed, 1);
 }
 
+/// The snapshot's entry with other extra data.
+fn with_extra(image: &mut Image, len: usize) {
+    let at = image.header.snapshots_offset as usize;
+    let old = image.bytes[at..at + 512].to_vec();
+    let extra = u32::from_be_bytes(old[36..40].try_into().unwrap()) as usize;
+    let mut new = old[..36].to_vec();
+    new.extend((len as u32).to_be_bytes());
+    new.extend(old[40..40 + extra.min(len)].iter().chain(&[0; 2000]).take(len));
+    new.extend(&old[40 + extra..]);
+    image.bytes[at..at + new.len()].copy_from_slice(&new);
+}
+
+#[test]
+fn a_snapshot_table_that_lacks_or_has_too_much_is_written_anew() {
+    for (len, said) in [
+        (0, "ERROR snapshot table entry 0 is incomplete"),
+        (8, "ERROR snapshot table entry 0 is incomplete"),
+        (1032, "ERROR Too much extra metadata in snapshot table entry 0"),
+    ] {
+        let mut image = Image::plain();
+        with_extra(&mut image, len);
+        image.expect(Class::Corruptions, said, Class::Clean);
+        let header = Header::decode(&image.bytes, image.bytes.len() as u64).unwrap();
+        assert_ne!(header.snapshots_offset, image.header.snapshots_offset);
+        let file = world::disk_of(&image.bytes).file();
+        let snapshots = support::block_on(zbdkit_qcow2::read_snapshots(&file, &header)).unwrap();
+        assert_eq!((snapshots.len(), snapshots[0].name.as_str()), (1, "one"));
+        assert_eq!(snapshots[0].disk_size, image.header.size);
+    }
+}
+
 #[test]
 fn the_zone_table_of_each_draft_is_a_reference() {
     let c = 4096;

@@ -42,7 +42,7 @@ impl References {
             ));
         }
         let table = if image.is_aligned(header.snapshots_offset) {
-            table::read(image.file, header).await
+            table::read_for_check(image.file, header).await
         } else {
             Err(Error::Invalid("Snapshot table offset invalid".to_owned()))
         };
@@ -54,21 +54,23 @@ impl References {
                 return (0, None);
             }
         };
-        self.mark(
-            image,
-            found,
-            (header.snapshots_offset, table.len),
-            1,
-            Use::SnapshotTable,
-        );
+        let range = (header.snapshots_offset, table.len);
+        let marked = self.mark(image, found, range, 1, Use::SnapshotTable);
         for (index, entry) in table.entries.iter().enumerate() {
+            if table.cut.binary_search(&(index as u32)).is_ok() {
+                found.snapshot_entries += 1;
+                found.corruption(format_args!(
+                    "ERROR Too much extra metadata in snapshot table entry {index}"
+                ));
+            }
             if header.version >= 3 && !entry.is_complete() {
                 found.snapshot_entries += 1;
                 found.corruption(format_args!("ERROR snapshot table entry {index} is incomplete"));
             }
             self.snapshot(image, found, entry).await;
         }
-        (table.len, (found.snapshot_entries > 0).then_some(table.entries))
+        let len = if marked == Marked::Outside { 0 } else { table.len };
+        (len, (found.snapshot_entries > 0).then_some(table.entries))
     }
 
     async fn snapshot(&mut self, image: &Image<'_>, found: &mut Found, entry: &table::Entry) {

@@ -38,6 +38,8 @@ pub struct Table {
     pub entries: Vec<Entry>,
     /// Bytes of the table in the file.
     pub len: u64,
+    /// Entries that have more extra data in the file than is allowed, and here.
+    pub cut: Vec<u32>,
 }
 
 impl Table {
@@ -117,18 +119,30 @@ impl Entry {
 /// # Errors
 /// [`Error::Invalid`] where it breaks a bound, [`Error::Truncated`] where the file ends before it.
 pub async fn read(file: &File, header: &Header) -> Result<Table, Error> {
+    read_window(&mut Window::new(file, header, true)?, header).await
+}
+
+/// Like [`read`] for who repairs the image: what lies past the end of the file is zeros, as for QEMU, and of too much
+/// extra data the beginning is kept ([`Table::cut`]).
+///
+/// # Errors
+/// [`Error::Invalid`] where there are too many entries, or too long ones.
+pub async fn read_for_check(file: &File, header: &Header) -> Result<Table, Error> {
+    read_window(&mut Window::new(file, header, false)?, header).await
+}
+
+async fn read_window(window: &mut Window<'_>, header: &Header) -> Result<Table, Error> {
     if header.nb_snapshots > MAX_SNAPSHOTS {
         return Err(Error::Invalid(format!(
             "the header names {} snapshots; there are at most {MAX_SNAPSHOTS}",
             header.nb_snapshots
         )));
     }
-    let mut window = Window::new(file, header)?;
-    // Not reserved by the number in the header: what is not in the file takes no memory.
-    let mut entries = Vec::new();
+    // Not reserved by the number in the header.
+    let (mut entries, mut cut) = (Vec::new(), Vec::new());
     for index in 0..header.nb_snapshots {
         window.align().await?;
-        entries.push(read_entry(&mut window, header, index).await?);
+        entries.push(read_entry(window, header, index, &mut cut).await?);
         if window.used() > MAX_SNAPSHOTS_BYTES {
             return Err(Error::Invalid(format!(
                 "Snapshot table is too big: entry {index} ends past its {MAX_SNAPSHOTS_BYTES} bytes"
@@ -138,20 +152,31 @@ pub async fn read(file: &File, header: &Header) -> Result<Table, Error> {
     Ok(Table {
         entries,
         len: window.used(),
+        cut,
     })
 }
 
-async fn read_entry(window: &mut Window<'_>, header: &Header, index: u32) -> Result<Entry, Error> {
+async fn read_entry(
+    window: &mut Window<'_>,
+    header: &Header,
+    index: u32,
+    cut: &mut Vec<u32>,
+) -> Result<Entry, Error> {
     let head = window.take(size_of::<SnapshotEntry>()).await?;
     let head = SnapshotEntry::read_from_bytes(&head).expect("as many bytes as were asked for");
     let extra_len = head.extra_data_size.get();
-    if extra_len > MAX_SNAPSHOT_EXTRA {
+    if extra_len > MAX_SNAPSHOT_EXTRA && window.strict {
         return Err(Error::Invalid(format!(
             "Too much extra metadata in snapshot table entry {index}: {extra_len} bytes, at most \
              {MAX_SNAPSHOT_EXTRA} are allowed; `zbdkit check -r all` removes them"
         )));
     }
-    let extra = window.take(extra_len as usize).await?;
+    let kept = extra_len.min(MAX_SNAPSHOT_EXTRA);
+    let extra = window.take(kept as usize).await?;
+    if extra_len > kept {
+        cut.push(index);
+        window.skip(extra_len - kept);
+    }
     let id = window.take(usize::from(head.id_str_size.get())).await?;
     let name = window.take(usize::from(head.name_size.get())).await?;
     let field = |at: usize| {
@@ -209,10 +234,12 @@ struct Window<'a> {
     at: u64,
     held: Vec<u8>,
     held_at: u64,
+    /// Bytes past the end of the file are an error.
+    strict: bool,
 }
 
 impl<'a> Window<'a> {
-    fn new(file: &'a File, header: &Header) -> Result<Window<'a>, Error> {
+    fn new(file: &'a File, header: &Header, strict: bool) -> Result<Window<'a>, Error> {
         Ok(Window {
             file,
             file_len: file_len(file)?,
@@ -220,6 +247,7 @@ impl<'a> Window<'a> {
             at: header.snapshots_offset,
             held: Vec::new(),
             held_at: header.snapshots_offset,
+            strict,
         })
     }
 
@@ -233,19 +261,23 @@ impl<'a> Window<'a> {
         self.take(padding as usize).await.map(drop)
     }
 
-    /// The next bytes: at most 64 KiB, all of them in the file.
+    fn skip(&mut self, len: u32) {
+        self.at = self.at.saturating_add(u64::from(len));
+    }
+
+    /// The next bytes: at most 64 KiB.
     async fn take(&mut self, len: usize) -> Result<Vec<u8>, Error> {
         let end = self
             .at
             .checked_add(len as u64)
-            .filter(|end| *end <= self.file_len);
+            .filter(|end| *end <= self.file_len || !self.strict);
         let end = end.ok_or(Error::Truncated {
             what: "the snapshot table",
             offset: self.at,
             len: self.file_len,
         })?;
         if end > self.held_at + self.held.len() as u64 {
-            let n = WINDOW.min(self.file_len - self.at);
+            let n = WINDOW.min(self.file_len.saturating_sub(self.at)).max(len as u64);
             self.held = read_at(self.file, self.at, n as usize).await?;
             self.held_at = self.at;
         }
@@ -282,6 +314,18 @@ mod tests {
 
     /// Reads a table of `count` entries from these bytes.
     fn parse(bytes: &[u8], count: u32) -> Result<Table, Error> {
+        let (file, header) = file_of(bytes, count);
+        let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
+        runtime.block_on(read(&file, &header))
+    }
+
+    fn parse_for_check(bytes: &[u8], count: u32) -> Result<Table, Error> {
+        let (file, header) = file_of(bytes, count);
+        let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
+        runtime.block_on(read_for_check(&file, &header))
+    }
+
+    fn file_of(bytes: &[u8], count: u32) -> (File, Header) {
         let mut file = tempfile::tempfile().unwrap();
         std::io::Write::write_all(&mut file, &vec![0xff; OFFSET as usize]).unwrap();
         std::io::Write::write_all(&mut file, bytes).unwrap();
@@ -290,8 +334,7 @@ mod tests {
         header.size = 9 << 20;
         header.snapshots_offset = OFFSET;
         header.nb_snapshots = count;
-        let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
-        runtime.block_on(read(&file, &header))
+        (file, header)
     }
 
     #[test]
@@ -359,8 +402,26 @@ mod tests {
         entry.extra = vec![0; 1024];
         assert!(parse(&encode(&[entry.clone()]).unwrap(), 1).is_ok());
         entry.extra.push(0);
-        let error = parse(&encode(&[entry]).unwrap(), 1).unwrap_err();
+        let bytes = encode(&[entry.clone(), entry]).unwrap();
+        let error = parse(&bytes, 2).unwrap_err();
         assert!(error.to_string().contains("Too much extra metadata"), "{error}");
+        // A check keeps what is allowed of it, and goes on with the next one.
+        let table = parse_for_check(&bytes, 2).unwrap();
+        assert_eq!((table.cut, table.len), (vec![0, 1], bytes.len() as u64));
+        assert_eq!(table.entries[1].snapshot.name, "one");
+        assert!(parse(&encode(&table.entries).unwrap(), 2).is_ok());
+    }
+
+    #[test]
+    fn for_a_check_there_are_zeros_past_the_end_of_the_file() {
+        let bytes = encode(&[Entry::new(snapshot("1", "one"))]).unwrap();
+        let table = parse_for_check(&bytes[..41], 3).unwrap();
+        assert_eq!(table.entries[0].snapshot.l1_offset, 0x5_0000);
+        assert_eq!(table.entries[0].snapshot.id, "\0");
+        assert!(table.entries[0].is_complete() && !table.entries[2].is_complete());
+        let mut endless = bytes;
+        endless[36..40].fill(0xff);
+        assert!(parse_for_check(&endless, 1).is_err());
     }
 
     #[test]
