@@ -282,6 +282,16 @@ fn a_device_of_no_bytes_can_grow() {
     }
 }
 
+/// A change of size that is not made, and what is said then.
+struct Refusal {
+    layout: Layout,
+    snapshot: bool,
+    size: u64,
+    shrink: bool,
+    preallocation: Preallocation,
+    text: &'static str,
+}
+
 #[test]
 fn refusals_are_qemus_and_change_nothing() {
     let v2 = Layout {
@@ -294,49 +304,48 @@ fn refusals_are_qemus_and_change_nothing() {
         cluster_size: 4096,
         ..Layout::default()
     };
-    let full = Preallocation::Full;
-    let cases: [(&Layout, bool, u64, bool, Preallocation, &[&str], &str); 5] = [
-        (
-            &v3,
-            false,
-            1_000_000,
-            true,
-            OFF,
-            &["--shrink"],
-            "The new size must be a multiple of 512",
-        ),
-        (
-            &v3,
-            false,
-            524_288,
-            false,
-            OFF,
-            &[],
-            "Use the --shrink option to perform a shrink operation.",
-        ),
-        (
-            &v3,
-            false,
-            524_288,
-            true,
-            full,
-            &["--shrink", "--preallocation=full"],
-            "Preallocation can only be used for growing images",
-        ),
-        (
-            &v2,
-            true,
-            2 << 20,
-            false,
-            OFF,
-            &[],
-            "Can't resize a v2 image which has snapshots",
-        ),
-        // The error's text says the same in other words.
-        (&v3, false, 1 << 50, false, OFF, &[], ""),
+    let case = |layout: &Layout, snapshot: bool, size: u64, text: &'static str| Refusal {
+        layout: layout.clone(),
+        snapshot,
+        size,
+        shrink: true,
+        preallocation: OFF,
+        text,
+    };
+    let cases = [
+        case(&v3, false, 1_000_000, "The new size must be a multiple of 512"),
+        Refusal {
+            shrink: false,
+            ..case(
+                &v3,
+                false,
+                524_288,
+                "Use the --shrink option to perform a shrink operation.",
+            )
+        },
+        Refusal {
+            preallocation: Preallocation::Full,
+            ..case(
+                &v3,
+                false,
+                524_288,
+                "Preallocation can only be used for growing images",
+            )
+        },
+        case(&v2, true, 2 << 20, "Can't resize a v2 image which has snapshots"),
+        // The same in other words.
+        case(&v3, false, 1 << 50, ""),
     ];
-    for (layout, snapshot, size, shrink, preallocation, args, text) in cases {
-        let image = Image::new(layout.clone());
+    for Refusal {
+        layout,
+        snapshot,
+        size,
+        shrink,
+        preallocation,
+        text,
+    } in cases
+    {
+        let image = Image::new(layout);
         if snapshot {
             image.with(async |image: &Qcow2| {
                 let made = image.snapshot_create("s", SystemTime::now(), |_, _| Ok(())).await;
@@ -361,7 +370,12 @@ fn refusals_are_qemus_and_change_nothing() {
         let Some(qemu) = Qemu::find() else { continue };
         let size = size.to_string();
         let mut command = vec!["resize", "-f", "qcow2"];
-        command.extend(args);
+        if shrink {
+            command.push("--shrink");
+        }
+        if preallocation == Preallocation::Full {
+            command.push("--preallocation=full");
+        }
         let path = image.path();
         command.extend([path.to_str().unwrap(), &size]);
         let said = qemu.try_img(&command);

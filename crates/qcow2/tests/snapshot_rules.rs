@@ -225,7 +225,12 @@ fn qemu_lists_what_we_made() {
 fn extensions_change_with_the_snapshots_or_nothing_does() {
     let dir = tempfile::tempdir().unwrap();
     let path = new_image(dir.path(), &layout(4096, 1 << 20, 16));
-    let set = |data: u8| move |header: &mut Header| Ok(header.set_extension(77, Some(vec![data])));
+    let set = |data: u8| {
+        move |header: &mut Header| {
+            header.set_extension(77, Some(vec![data]));
+            Ok(())
+        }
+    };
     let refuse = |_: &mut Header| Err(Error::Refused("not so".into()));
     with(&path, async |image: &Qcow2| {
         fill(image, 1).await;
@@ -355,7 +360,7 @@ fn forge(bytes: &mut [u8], metadata: usize, rng: &mut Rng) {
             1 => 0,
             2 => u64::MAX,
             3 => rng.below(clusters) * 512,
-            4 => rng.below(clusters) * 512 | 1 << 63,
+            4 => (rng.below(clusters) * 512) | (1 << 63),
             _ => rng.below(1 << 16),
         };
         match rng.below(4) {
