@@ -234,6 +234,17 @@ impl Disk {
         })
     }
 
+    /// What the death of the process after the first `moment` events leaves: all of them.
+    pub fn kill(&self, moment: usize) -> Bytes {
+        self.with(|state| {
+            let mut bytes = state.base.clone();
+            for event in &state.events[..moment] {
+                bytes.apply(event, &mut || true);
+            }
+            bytes
+        })
+    }
+
     fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
         f(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
