@@ -43,13 +43,17 @@ Examples:
   zbdkit resize --shrink plain.qcow2 1G
   zbdkit resize --shrink plain.qcow2 -256M
 
-New zones are empty sequential ones, of the size of those that are there. Nobody else may have the image open. A guest \
-sees the new size when it is started again.";
+Only qcow2 images change their size. One with zones grows by whole zones, which are empty, and shrinks by empty ones; a \
+short last zone stays the last or becomes a whole one. Nobody else may have the image open. A guest sees the new size \
+when it is started again.";
 
 pub fn run(args: &Resize) -> anyhow::Result<()> {
     let graph = args.image.graph_as(args.format.as_deref())?;
     let session = Session::new()?;
     session.with(&graph, &changing(), async |device| {
+        if device.qcow2().is_none() {
+            bail!("only qcow2 images change their size; 'zbdkit convert -O qcow2' makes one of this image");
+        }
         let old = device.limits().size;
         let new = args.size.applied(old).context("New image size must be positive")?;
         if new < old && !args.shrink {

@@ -1,6 +1,6 @@
 //! `zbdkit snapshot`: internal snapshots of qcow2 images, zones included.
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use zbdkit_block::Device;
 use zbdkit_qcow2::Snapshot;
@@ -74,6 +74,9 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<()> {
         return print(args, &listed);
     }
     session.with(&graph, &changing(), async |device| {
+        if device.qcow2().is_none() {
+            bail!("only qcow2 images have internal snapshots; 'zbdkit convert -O qcow2' makes one of this image");
+        }
         if let Some(name) = create {
             let made = device.snapshot_create(name).await;
             made.with_context(|| format!("Could not create snapshot '{}'", printable(name)))?;

@@ -22,7 +22,8 @@ use qcow2::Zones;
 pub struct Create {
     /// The file to make: NAME.qcow2 holds data and zones; of any other name the zone table is made beside it, as
     /// PATH.zones
-    pub path: PathBuf,
+    #[arg(required_unless_present = "options")]
+    pub path: Option<PathBuf>,
 
     /// Size of the device in bytes, as qemu-img takes it; the same as --size
     #[arg(value_name = "SIZE", value_parser = args::bytes)]
@@ -143,15 +144,19 @@ JSON:
 
 pub fn run(args: Create) -> anyhow::Result<()> {
     let mut out = Out::new();
-    let format = Format::of(args.format.as_deref(), &args.path)?;
     if options::asks_for_help(&args.options) {
-        options::print_help(&mut out, format)?;
+        let path = args.path.as_deref().unwrap_or(Path::new(""));
+        options::print_help(&mut out, Format::of(args.format.as_deref(), path)?)?;
         return out.flush();
     }
+    let Some(path) = &args.path else {
+        return Err(Usage("which file is to be made? Say PATH, as in disk.qcow2".into()).into());
+    };
+    let format = Format::of(args.format.as_deref(), path)?;
     let asked = asked(&args, format)?;
     match format {
-        Format::Raw => raw(&mut out, &args, &asked)?,
-        Format::Qcow2 => qcow2_image(&mut out, &args, &asked)?,
+        Format::Raw => raw(&mut out, path, &args, &asked)?,
+        Format::Qcow2 => qcow2_image(&mut out, path, &args, &asked)?,
     }
     out.flush()
 }
@@ -202,14 +207,14 @@ fn no_size() -> anyhow::Error {
     Usage("how large is the device to be? Say --size, as in --size 768M".into()).into()
 }
 
-fn raw(out: &mut Out, args: &Create, asked: &Asked) -> anyhow::Result<()> {
+fn raw(out: &mut Out, path: &Path, args: &Create, asked: &Asked) -> anyhow::Result<()> {
     let size = asked.number("size").ok_or_else(no_size)?;
     let named = args.sidecar.clone();
     let sidecar = named.or_else(|| asked.text("sidecar").map(PathBuf::from));
     let options = CreateOptions {
         sidecar,
         force: args.force,
-        ..qcow2::zone_options(asked, &args.path, size, false)?
+        ..qcow2::zone_options(asked, path, size, false)?
     };
     let session = Session::new()?;
     let made = session
@@ -218,7 +223,7 @@ fn raw(out: &mut Out, args: &Create, asked: &Asked) -> anyhow::Result<()> {
     let spec = made.geometry.spec();
     if args.json {
         out.json(&shapes::Created {
-            image: args.path.clone(),
+            image: path.to_owned(),
             format: "raw",
             sidecar: Some(made.sidecar),
             uuid: Some(made.uuid.to_string()),
@@ -227,8 +232,8 @@ fn raw(out: &mut Out, args: &Create, asked: &Asked) -> anyhow::Result<()> {
             zoned: Some(shapes::Zoned::of(&made.geometry)),
         })
     } else if !args.quiet {
-        out.line(raw_formatting(&args.path, spec))?;
-        out.line(raw_hint(&args.path, &made))
+        out.line(raw_formatting(path, spec))?;
+        out.line(raw_hint(path, &made))
     } else {
         Ok(())
     }
@@ -245,7 +250,7 @@ fn explained(error: CreateError, asked: &Asked) -> anyhow::Error {
     }
 }
 
-fn qcow2_image(out: &mut Out, args: &Create, asked: &Asked) -> anyhow::Result<()> {
+fn qcow2_image(out: &mut Out, path: &Path, args: &Create, asked: &Asked) -> anyhow::Result<()> {
     let mut layout = qcow2::layout(asked)?;
     let size = asked.number("size").map(|_| layout.size);
     if size.is_none() && (layout.backing.is_none() || args.backing_unsafe) {
@@ -253,10 +258,10 @@ fn qcow2_image(out: &mut Out, args: &Create, asked: &Asked) -> anyhow::Result<()
     }
     let zones = match qcow2::zones(asked, args.format.is_some())? {
         Zones::None | Zones::Inherited => None,
-        Zones::Described => Some(qcow2::zone_options(asked, &args.path, layout.size, true)?),
+        Zones::Described => Some(qcow2::zone_options(asked, path, layout.size, true)?),
     };
     let options = Qcow2CreateOptions {
-        path: args.path.clone(),
+        path: path.to_owned(),
         layout: layout.clone(),
         size,
         zones,
@@ -272,7 +277,7 @@ fn qcow2_image(out: &mut Out, args: &Create, asked: &Asked) -> anyhow::Result<()
     }
     if args.json {
         return out.json(&shapes::Created {
-            image: args.path.clone(),
+            image: path.to_owned(),
             format: "qcow2",
             sidecar: None,
             uuid: made.uuid.map(|uuid| uuid.to_string()),
@@ -286,11 +291,11 @@ fn qcow2_image(out: &mut Out, args: &Create, asked: &Asked) -> anyhow::Result<()
     }
     layout.size = made.size;
     let spec = made.geometry.as_ref().map(Geometry::spec);
-    out.line(qcow2::formatting(&args.path, asked, &layout, spec))?;
+    out.line(qcow2::formatting(path, asked, &layout, spec))?;
     match &made.geometry {
         // Who says -f qcow2 is used to qemu-img, which prints nothing more.
         Some(geometry) if args.format.is_none() => {
-            out.line(hint(geometry, "the image", &shell_quoted(&args.path)))
+            out.line(hint(geometry, "the image", &shell_quoted(path)))
         }
         _ => Ok(()),
     }
