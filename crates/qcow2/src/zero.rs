@@ -64,6 +64,9 @@ impl Qcow2 {
 
     /// Makes clusters zeros without contents.
     async fn zero_clusters(&self, clusters: Range<u64>) -> Result<(), Error> {
+        if clusters.is_empty() {
+            return Ok(());
+        }
         if self.data_raw {
             let end = (clusters.end << self.cluster_bits).min(self.size());
             self.zero_raw(clusters.start << self.cluster_bits..end).await?;
