@@ -297,7 +297,7 @@ impl Run {
         let last = self.disk.moment();
         let mut states = 0;
         for cut in 0..cuts {
-            let moment = self.rng.below(last as u64 + 1) as usize;
+            let moment = self.disk.some_moment(&mut self.rng);
             let end = if cut % 4 == 0 { End::Kill } else { End::Power };
             let left = match end {
                 End::Kill => self.disk.kill(moment),
@@ -403,7 +403,6 @@ fn growing_refcounts_lose_nothing() {
         ..Layout::default()
     };
     let mut run = Run::new(layout, 7);
-    let before = run.disk.moment();
     let tag = 9999;
     let table = block_on(async {
         let image = open(&run.disk, None).await.unwrap();
@@ -420,10 +419,10 @@ fn growing_refcounts_lose_nothing() {
     });
     assert_ne!(table, 0);
     let first = run.tags.clone();
-    let whole = block_on(take_apart(Disk::of(run.disk.now()).now(), None)).unwrap();
+    let whole = block_on(take_apart(run.disk.now(), None)).unwrap();
     let last = run.disk.moment();
-    for _ in 0..12 {
-        let moment = before + run.rng.below((last - before) as u64 + 1) as usize;
+    for _ in 0..16 {
+        let moment = run.disk.some_moment(&mut run.rng);
         let left = run.disk.power_cut(moment, &mut run.rng);
         run.judge(left, &first, &whole, End::Power, moment)
             .unwrap_or_else(|why| panic!("moment {moment} of {last}: {why}"));

@@ -205,6 +205,18 @@ impl Disk {
         self.with(|state| state.events.len())
     }
 
+    /// A moment up to now, more often than not one just before a sync: most is at stake then.
+    pub fn some_moment(&self, rng: &mut Rng) -> usize {
+        let syncs: Vec<usize> = self.with(|state| {
+            let is_sync = |index: &usize| matches!(state.events[*index], Event::Sync(_));
+            (0..state.events.len()).filter(is_sync).collect()
+        });
+        if syncs.is_empty() || rng.one_in(3) {
+            return rng.below(self.moment() as u64 + 1) as usize;
+        }
+        syncs[rng.below(syncs.len() as u64) as usize]
+    }
+
     /// What a power cut after the first `moment` events leaves, one possibility by `rng`: all that a sync covered, and
     /// of the rest what chance would have.
     pub fn power_cut(&self, moment: usize, rng: &mut Rng) -> Bytes {
