@@ -19,8 +19,9 @@ use crate::l2::{Codec, Entries, Entry, Kind, L2Cache, SUBCLUSTERS};
 use crate::lock::{AsyncGuard, AsyncMutex, RangeLocks, lock};
 use crate::metadata::Metadata;
 use crate::refcounts::Refcounts;
+use crate::replace::replace_header;
 pub(crate) use crate::sectors::{
-    Sectors, file_len, own_table, prepare, read_at, replace_header, words, write_at,
+    Sectors, file_len, own_table, prepare, read_at, words, write_at,
 };
 
 /// What lies below an image.
@@ -688,7 +689,7 @@ impl Qcow2 {
         self.check_failed()?;
         let mut new = meta.header.clone();
         change(&mut new)?;
-        let written = replace_header(&self.file, self.sectors, &meta.header, &new).await;
+        let written = replace_header(&self.file, self.sectors, &new).await;
         self.note(written)?;
         meta.header = new;
         Ok(())

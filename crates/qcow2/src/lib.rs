@@ -18,6 +18,7 @@ mod lock;
 mod metadata;
 mod pack;
 mod refcounts;
+mod replace;
 mod resize;
 mod sectors;
 mod snapshot;

@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::header::Header;
 use crate::image::Options;
 use crate::l2::COPIED;
+use crate::replace::replace_header;
 
 /// How metadata is written: whole sectors.
 #[derive(Clone, Copy, Debug)]
@@ -105,38 +106,8 @@ pub(crate) async fn prepare(file: &File, mut header: Header, options: &Options) 
         let mut new = header.clone();
         new.autoclear &= !unknown;
         let align = u64::from(file.direct_align().unwrap_or(1).max(512));
-        replace_header(file, Sectors { align }, &header, &new).await?;
+        replace_header(file, Sectors { align }, &new).await?;
         header = new;
     }
     Ok(header)
-}
-
-/// Writes what differs between two headers. The first sector goes last, so that it is what decides.
-pub(crate) async fn replace_header(
-    file: &File,
-    sectors: Sectors,
-    old: &Header,
-    new: &Header,
-) -> Result<(), Error> {
-    let sync = || async {
-        file.datasync()
-            .await
-            .map_err(|e| Error::io("syncing the header", &e))
-    };
-    let (old, new) = (old.encode()?, new.encode()?);
-    sync().await?;
-    let align = (sectors.align as usize).min(new.len());
-    let mut written = false;
-    for at in (0..new.len()).step_by(align).rev() {
-        let range = at..at + align;
-        if old.get(range.clone()) == Some(&new[range.clone()]) {
-            continue;
-        }
-        if at == 0 && written {
-            sync().await?;
-        }
-        sectors.write(file, 0, &new, range).await?;
-        written = true;
-    }
-    sync().await
 }
