@@ -4,6 +4,7 @@
 //! the device checks range and alignment once, `zoned` asks the engine, formats map, leaves do the I/O. Where a
 //! node is but an offset into a file ([`Node::resolve`]) a request becomes one operation on that file.
 
+mod check;
 mod create;
 mod device;
 mod error;
@@ -19,6 +20,7 @@ mod raw;
 pub mod tool;
 mod zoned;
 
+pub use check::{CheckError, CheckOutcome, ZoneCheck, check};
 pub use create::{
     CreateError, CreateOptions, Created, DEFAULT_BLOCK_SIZE, DEFAULT_ZONE_SIZE, create, default_append,
 };
@@ -31,6 +33,6 @@ pub use limits::Limits;
 pub use lock::{Conflict, LockMode};
 pub use node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved, ZoneOp};
 pub use qcow2::{BackingImage, ImageFormat, Qcow2CreateOptions, Qcow2Created, Qcow2Node, create_qcow2};
-pub use zbdkit_qcow2::{Layout as Qcow2Layout, Preallocation};
+pub use zbdkit_qcow2::{CheckReport, Layout as Qcow2Layout, Preallocation, Repair};
 pub use raw::RawNode;
 pub use zoned::{ImageStatus, RunStateMode, ZonedNode, ZonedOptions, create_sidecar, default_sidecar};

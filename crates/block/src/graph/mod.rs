@@ -1,5 +1,6 @@
 //! Graphs as users write them: QEMU's dotted options, JSON, or a path; and opening them.
 
+mod check;
 mod options;
 mod qcow2;
 mod size;
@@ -272,7 +273,7 @@ impl Opener<'_> {
         }
         match filename {
             Some(filename) => {
-                tree.finish("zoned", &["driver", "file", "read-only", "sidecar", "run-state"])?;
+                tree.finish("zoned", &ZONED_OPTIONS)?;
                 let sidecar = sidecar.unwrap_or_else(|| default_sidecar(Path::new(&filename)));
                 self.open_zoned(child, sidecar, run_state, direct, read_only)
                     .await
@@ -433,6 +434,8 @@ pub fn run_state_of(text: &str) -> RunStateMode {
 
 /// First bytes of a qcow2 image.
 const QCOW2_MAGIC: [u8; 4] = zbdkit_spec::qcow2::MAGIC.to_be_bytes();
+
+const ZONED_OPTIONS: [&str; 5] = ["driver", "file", "read-only", "sidecar", "run-state"];
 
 const ZONE_OPTIONS: [&str; 12] = [
     "driver",

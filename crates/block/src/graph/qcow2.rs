@@ -1,12 +1,13 @@
 //! Opening qcow2 images: the file, what the gate lets them open below themselves, their zones.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
 use zbdkit_io::File;
 use zbdkit_qcow2::{Header, Qcow2, read_snapshots};
-use zbdkit_spec::qcow2::{AUTOCLEAR_ZONE_TABLE, INCOMPAT_ZONE_STATES, INCOMPAT_ZONED};
+use zbdkit_spec::qcow2::{AUTOCLEAR_ZONE_TABLE, EXT_ZONED, INCOMPAT_ZONE_STATES, INCOMPAT_ZONED};
 
 use super::options::Options;
 use super::{Opener, run_state_of};
@@ -40,6 +41,15 @@ pub(super) struct Image {
     pub run_state: RunStateMode,
     /// Only the view of an internal snapshot.
     pub snapshot: Option<String>,
+    pub areas: Areas,
+}
+
+/// The clusters that our extension leads to.
+pub(super) enum Areas {
+    /// Look for them.
+    LookedFor,
+    /// They are these; the zones of the image are not looked at.
+    Known(Vec<(Range<u64>, &'static str)>),
 }
 
 /// What is to be below an image.
@@ -82,7 +92,7 @@ struct Begun {
 }
 
 /// The incompatible features that the block layer looks after.
-const OURS: u64 = INCOMPAT_ZONED | INCOMPAT_ZONE_STATES;
+pub(super) const OURS: u64 = INCOMPAT_ZONED | INCOMPAT_ZONE_STATES;
 
 /// An opened image, its zones not looked after yet.
 struct Opened {
@@ -109,7 +119,25 @@ impl Opener<'_> {
             l2_cache: 0,
             run_state: self.options.run_state.clone(),
             snapshot: self.options.snapshot.clone(),
+            areas: Areas::LookedFor,
         }
+    }
+
+    /// The same without locks, for who holds them already.
+    pub(super) fn unlocked(&self, image: Image) -> Image {
+        Image {
+            file: FileChoice {
+                locking: Some("off".into()),
+                ..image.file
+            },
+            snapshot: None,
+            ..image
+        }
+    }
+
+    /// Opens an image without its zones.
+    pub(super) async fn open_alone(&self, image: Image) -> Result<Qcow2Node, OpenError> {
+        Ok(self.open_qcow2(image, Chain::default()).await?.node)
     }
 
     /// The image that a tree of options describes.
@@ -140,6 +168,7 @@ impl Opener<'_> {
             l2_cache,
             run_state,
             snapshot: self.options.snapshot.clone(),
+            areas: Areas::LookedFor,
         })
     }
 
@@ -225,8 +254,19 @@ impl Opener<'_> {
         let file = self.open_choice(&image.file)?;
         let mut header = Header::read(&file).await.map_err(&wrong)?;
         header.check_features(OURS).map_err(&wrong)?;
-        let described = Described::of(&file, &header).await;
-        let described = described.map_err(|problem| OpenError::data(&path, problem))?;
+        let described = match &image.areas {
+            Areas::LookedFor => {
+                let described = Described::of(&file, &header).await;
+                described.map_err(|problem| OpenError::data(&path, problem))?
+            }
+            Areas::Known(_) => {
+                // What makes no sense names no clusters; it will be replaced.
+                if !qcow2::zones_make_sense(&header, &file) {
+                    header.set_extension(EXT_ZONED, None);
+                }
+                None
+            }
+        };
         let data = self.open_data_file(&image, &header, chain)?;
         let snapshot = match &image.snapshot {
             Some(wanted) => Some(view(&image, &file, &mut header, wanted).await?),
@@ -258,11 +298,14 @@ impl Opener<'_> {
             data_file: data.as_ref().map(|(_, file)| file.clone()),
             backing: below.clone().map(|node| Arc::new(NodeBacking(node)) as _),
             known_incompatible: OURS,
-            known_autoclear: match &described {
-                Some(Described { ours: Some(_), .. }) => AUTOCLEAR_ZONE_TABLE,
+            known_autoclear: match (&described, &image.areas) {
+                (Some(Described { ours: Some(_), .. }), _) | (None, Areas::Known(_)) => AUTOCLEAR_ZONE_TABLE,
                 _ => 0,
             },
-            areas: described.as_ref().map_or(Vec::new(), Described::areas),
+            areas: match image.areas {
+                Areas::LookedFor => described.as_ref().map_or(Vec::new(), Described::areas),
+                Areas::Known(areas) => areas,
+            },
         };
         let backing = match (&header.backing_file, below) {
             (None, None) => None,
@@ -340,6 +383,7 @@ impl Opener<'_> {
                         l2_cache: 0,
                         run_state: RunStateMode::None,
                         snapshot: None,
+                        areas: Areas::LookedFor,
                     }),
                 })
             }
@@ -358,7 +402,7 @@ impl Opener<'_> {
         }
     }
 
-    fn open_choice(&self, choice: &FileChoice) -> Result<File, OpenError> {
+    pub(super) fn open_choice(&self, choice: &FileChoice) -> Result<File, OpenError> {
         let node = self.open_file(choice)?;
         Ok(FileNode::into_file(node))
     }

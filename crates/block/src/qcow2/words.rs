@@ -70,6 +70,41 @@ pub fn records(zones: &Zones, size: u64, bytes: &[u8]) -> Result<BTreeMap<u32, Z
     }
 }
 
+/// What can be told from a table that is damaged: the zones whose words make sense, and what is wrong with the others.
+pub fn salvage(zones: &Zones, size: u64, bytes: &[u8]) -> (BTreeMap<u32, ZoneRecord>, BTreeMap<u32, String>) {
+    let sorted = |reading| {
+        let mut records = BTreeMap::new();
+        let mut faults = BTreeMap::new();
+        for (zone, word) in (0..zones.nr_zones).zip(words(bytes, reading)) {
+            match written(zones, size, zone, word, reading) {
+                Ok(0) => {}
+                Ok(written) => drop(records.insert(zone, record(written))),
+                Err(fault) => drop(faults.insert(zone, fault)),
+            }
+        }
+        (records, faults)
+    };
+    let all = readings(zones.draft).into_iter().map(sorted);
+    all.min_by_key(|(_, faults)| faults.len()).unwrap_or_default()
+}
+
+fn record(written: u64) -> ZoneRecord {
+    ZoneRecord {
+        written,
+        ..ZoneRecord::default()
+    }
+}
+
+fn words(bytes: &[u8], reading: Reading) -> impl Iterator<Item = u64> {
+    bytes.chunks_exact(8).map(move |word| {
+        let word = word.try_into().expect("chunks of eight");
+        match reading.big_endian {
+            true => u64::from_be_bytes(word),
+            false => u64::from_le_bytes(word),
+        }
+    })
+}
+
 fn read(
     zones: &Zones,
     size: u64,
@@ -77,21 +112,10 @@ fn read(
     reading: Reading,
 ) -> Result<BTreeMap<u32, ZoneRecord>, String> {
     let mut records = BTreeMap::new();
-    let words = bytes.chunks_exact(8).map(|word| {
-        let word = word.try_into().expect("chunks of eight");
-        match reading.big_endian {
-            true => u64::from_be_bytes(word),
-            false => u64::from_le_bytes(word),
-        }
-    });
-    for (zone, word) in (0..zones.nr_zones).zip(words) {
+    for (zone, word) in (0..zones.nr_zones).zip(words(bytes, reading)) {
         let written = written(zones, size, zone, word, reading)?;
         if written != 0 {
-            let record = ZoneRecord {
-                written,
-                ..ZoneRecord::default()
-            };
-            records.insert(zone, record);
+            records.insert(zone, record(written));
         }
     }
     Ok(records)

@@ -136,16 +136,25 @@ pub async fn from_bare_table(
     let bytes = read_at(file, zones.table_offset, zones.table_len() as usize).await;
     let bytes = bytes.map_err(|e| Place::Inside(path.to_owned()).table_error(e))?;
     let records = words::records(zones, header.size, &bytes).map_err(|e| OpenError::data(path, e))?;
+    Ok(Known {
+        geometry: geometry_for(file, header, zones, &records).await?,
+        records,
+    })
+}
+
+/// The device that the extension describes, with what it does not say taken from the area if that still says it.
+pub async fn geometry_for(
+    file: &File,
+    header: &Header,
+    zones: &Zones,
+    records: &Records,
+) -> Result<Geometry, OpenError> {
     let append = zones
         .max_append
         .map_or(default_append(zones.zone_capacity), u64::from);
     let plain = zones.geometry(header.size, FOREIGN_BLOCK_SIZE, append)?;
-    Ok(Known {
-        geometry: former_geometry(file, header, zones, &records)
-            .await
-            .unwrap_or(plain),
-        records,
-    })
+    let former = former_geometry(file, header, zones, records).await;
+    Ok(former.unwrap_or(plain))
 }
 
 /// What the area said of block size and append limit before somebody else wrote to the image, if it still says so: a

@@ -32,9 +32,11 @@ impl Opening<'_> {
             self.zero_above_pointers().await?;
             self.child.flush().await?;
         }
-        if let Some(mirror) = &mut self.mirror {
-            // Synced with the header that comes next.
-            mirror.repair(&self.records).await.map_err(failed)?;
+        if let Some(mirror) = &mut self.mirror
+            && mirror.repair(&self.records).await.map_err(failed)? != 0
+        {
+            // Before the header says that the epoch is closed: then the two tables say the same.
+            self.table.sync().await.map_err(failed)?;
         }
         Ok(())
     }

@@ -36,12 +36,14 @@ use commit::{Committer, Image};
 use gaps::Gaps;
 pub use make::create_sidecar;
 pub(crate) use make::{Records, new_header, spec_of};
-pub(crate) use mirror::{Mirror, words as bare_words};
+pub(crate) use mirror::{Mirror, word as bare_word, words as bare_words};
 pub(crate) use open::{Holder, Inside};
 pub use open::{ImageStatus, RunStateMode, ZonedOptions};
 pub use place::default_sidecar;
 pub(crate) use place::{Place, host_error};
-pub(crate) use table::{Loaded, Table, TableError, read_at, table_size, write_at};
+pub(crate) use table::{
+    Finding, Loaded, Salvaged, Table, TableError, read_at, table_size, write_at, zones_of,
+};
 use waiters::Waiters;
 
 /// Zones over a conventional child.

@@ -4,6 +4,8 @@
 //! A copy is overwritten only while the other one is durable: writes of a block alternate between its copies, and
 //! every batch of writes is followed by a sync before the next batch. So a torn write leaves the older copy.
 
+mod mend;
+
 use std::collections::BTreeMap;
 use std::io;
 
@@ -14,6 +16,8 @@ use zbdkit_spec::sidecar::{
 };
 use zbdkit_zone::{Counters, MAX_ZONES, ZoneRecord};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+pub use mend::{Finding, Salvaged, zones_of};
 
 /// Why a table cannot be used; the opener adds the path.
 #[derive(Debug, thiserror::Error)]
@@ -132,25 +136,18 @@ impl Table {
 
     /// Reads and checks header and blocks of the table in the `actual` bytes at `base` of a file.
     pub async fn load(file: File, base: u64, actual: u64) -> Result<Loaded, TableError> {
+        let Salvaged {
+            table,
+            records,
+            findings,
+        } = Table::salvage(file, base, actual).await?;
         let mut repaired = Vec::new();
-        let header = read_header(&file, base, actual, &mut repaired).await?;
-        let nr_zones = header.nr_zones.get();
-        let expected = table_size(nr_zones);
-        if actual < expected {
-            return Err(TableError::Truncated { actual, expected });
-        }
-        let generations = vec![0; blocks(nr_zones) as usize];
-        let mut table = Table {
-            file,
-            base,
-            header,
-            generations,
-            torn: Vec::new(),
-        };
-        let records = table.load_blocks(&mut repaired).await?;
-        let clean = table.header.open == 0;
-        if clean && table.generation_sum() != table.header.generation_sum.get() {
-            return Err(TableError::Outdated);
+        for finding in findings {
+            match finding {
+                Finding::Lost { index } => return Err(table.damaged(index)),
+                Finding::Outdated => return Err(TableError::Outdated),
+                other => repaired.push(other.to_string()),
+            }
         }
         Ok(Loaded {
             table,
@@ -270,7 +267,7 @@ impl Table {
 
     async fn load_blocks(
         &mut self,
-        repaired: &mut Vec<String>,
+        findings: &mut Vec<Finding>,
     ) -> Result<BTreeMap<u32, ZoneRecord>, TableError> {
         const BATCH: u64 = 128;
         let mut records = BTreeMap::new();
@@ -281,7 +278,7 @@ impl Table {
             let offset = self.base + copy_offset(index, 0);
             let bytes = read_at(&self.file, offset, 2 * BLOCK * n as usize).await?;
             for (i, pair) in bytes.chunks_exact(2 * BLOCK).enumerate() {
-                self.load_block(index + i as u64, pair, &mut records, repaired)?;
+                self.load_block(index + i as u64, pair, &mut records, findings);
             }
             index += n;
         }
@@ -293,10 +290,10 @@ impl Table {
         index: u64,
         pair: &[u8],
         records: &mut BTreeMap<u32, ZoneRecord>,
-        repaired: &mut Vec<String>,
-    ) -> Result<(), TableError> {
+        findings: &mut Vec<Finding>,
+    ) {
         if is_zero(pair) {
-            return Ok(());
+            return;
         }
         let (first, second) = pair.split_at(BLOCK);
         let copies = [first, second].map(|bytes| TableBlock::ref_from_bytes(bytes).ok());
@@ -308,20 +305,17 @@ impl Table {
             // first writes go (generation 1), or else something was lost.
             if self.header.open != 0 && is_zero(first) && damaged(1) {
                 self.torn.push(index);
-                repaired.push(format!(
-                    "the first write of zone table block {index} was torn; it holds empty zones"
-                ));
-                return Ok(());
+                findings.push(Finding::Torn { index });
+            } else {
+                findings.push(Finding::Lost { index });
             }
-            return Err(self.damaged(index));
+            return;
         };
+        let generation = best.generation.get();
         if damaged(0) || damaged(1) {
-            repaired.push(format!(
-                "one copy of zone table block {index} is damaged; the other one (generation {}) is used",
-                best.generation.get()
-            ));
+            findings.push(Finding::Half { index, generation });
         }
-        self.generations[index as usize] = best.generation.get();
+        self.generations[index as usize] = generation;
         let base = index as u32 * ENTRIES_PER_BLOCK;
         for (i, entry) in best.entries.iter().enumerate() {
             let zone = base + i as u32;
@@ -330,7 +324,6 @@ impl Table {
                 records.insert(zone, record);
             }
         }
-        Ok(())
     }
 
     fn is_valid(&self, block: &TableBlock, index: u64) -> bool {
@@ -354,7 +347,7 @@ async fn read_header(
     file: &File,
     base: u64,
     actual: u64,
-    repaired: &mut Vec<String>,
+    findings: &mut Vec<Finding>,
 ) -> Result<Box<Header>, TableError> {
     if actual < TABLE_OFFSET {
         return Err(TableError::Truncated {
@@ -380,7 +373,7 @@ async fn read_header(
         return Err(TableError::Contradictory);
     }
     if valid.iter().any(Option::is_none) {
-        repaired.push("one copy of the zone table's header is damaged; the other one is used".into());
+        findings.push(Finding::Header);
     }
     Ok(Box::new(*best))
 }
