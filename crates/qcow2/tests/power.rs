@@ -236,7 +236,8 @@ impl Run {
             5 if !whole.is_empty() && zeros(&self.tags[whole.start as usize..whole.end as usize]) => {
                 Request::MapAhead
             }
-            6 if !whole.is_empty() => Request::Compressed,
+            // Narrow refcounts leave no room for a snapshot of compressed clusters that share one of the file's.
+            6 if !whole.is_empty() && self.layout.refcount_bits > 4 => Request::Compressed,
             _ => Request::Write,
         };
         // Version 2 cannot say that a cluster hides the backing image.
