@@ -16,6 +16,13 @@ pub struct HandedOn {
     arguments: Vec<OsString>,
 }
 
+impl HandedOn {
+    /// The arguments.
+    pub fn arguments(&self) -> &[OsString] {
+        &self.arguments
+    }
+}
+
 /// How many states the long crash run judges, campaign by campaign.
 #[derive(Debug, Args)]
 pub struct Crash {

@@ -2,6 +2,7 @@
 
 mod bench;
 mod demo;
+mod diff;
 mod drive;
 mod guest;
 mod jobs;
@@ -64,6 +65,8 @@ enum Verb {
     Kill(bench::HandedOn),
     /// Judges many states that a kill or a power cut could have left
     Crash(bench::Crash),
+    /// Changes qcow2 images by turns with QEMU, and compares what both find in them
+    Diff(bench::HandedOn),
 }
 
 #[derive(Debug, Args)]
@@ -110,6 +113,7 @@ fn run(arguments: Arguments) -> Result<()> {
         Some(Verb::Bench(options)) => bench::bench(&options),
         Some(Verb::Kill(options)) => bench::kill(&options),
         Some(Verb::Crash(options)) => bench::crash(&options),
+        Some(Verb::Diff(options)) => diff::run(&options),
         None => Ok(Arguments::command().print_help()?),
     }
 }

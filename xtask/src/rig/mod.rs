@@ -129,6 +129,16 @@ impl Rig {
         })
     }
 
+    /// QEMU alone, for what needs no guest.
+    pub fn qemu() -> Result<Qemu> {
+        let directory = directory();
+        std::fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
+        let _lock = lock(&directory)?;
+        let apt = OnceCell::new();
+        Maker { directory, apt }.qemu()
+    }
+
     /// The unpacked upstream source of a Debian package, in the guest's version, by `tar`.
     pub fn source(&self, package: &str) -> Result<PathBuf> {
         let _lock = lock(&self.directory)?;

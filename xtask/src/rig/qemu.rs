@@ -47,6 +47,24 @@ impl Qemu {
         }
     }
 
+    /// The words of a command that starts one of QEMU's tools, with `{}` where the tool's name belongs.
+    pub fn tool_words(&self) -> Vec<String> {
+        let command = match self {
+            Qemu::Host(program) => proc::command(program.with_file_name("{}")),
+            Qemu::Tree(tree) => self.tool(tree, "{}"),
+        };
+        let variables = command.get_envs().filter_map(|(name, value)| {
+            Some(format!(
+                "{}={}",
+                name.to_string_lossy(),
+                value?.to_string_lossy()
+            ))
+        });
+        let words = [command.get_program()].into_iter().chain(command.get_args());
+        let words = words.map(|word| word.to_string_lossy().into_owned());
+        ["env".to_owned()].into_iter().chain(variables).chain(words).collect()
+    }
+
     fn tool(&self, tree: &Tree, name: &str) -> Command {
         let mut command = tree.command(&format!("usr/bin/{name}"));
         command.env("QEMU_MODULE_DIR", tree.path("usr/lib/x86_64-linux-gnu/qemu"));

@@ -38,6 +38,9 @@ struct Args {
     /// Give up after so many failed sequences
     #[arg(long, default_value_t = 3)]
     max_failures: usize,
+    /// The zbdkit program, which then takes part with its command line
+    #[arg(long)]
+    zbdkit: Option<PathBuf>,
     /// QEMU alone, which shows whether this program itself is right
     #[arg(long)]
     qemu_only: bool,
@@ -69,6 +72,7 @@ fn main() -> Result<ExitCode> {
         jobs: args.jobs,
         shrink: args.shrink,
         most_failures: args.max_failures,
+        zbdkit: args.zbdkit.map(std::path::absolute).transpose()?,
         qemu_only: args.qemu_only,
         skip: args.skip.into_iter().collect::<BTreeSet<_>>(),
     };

@@ -156,10 +156,10 @@ impl Sources {
     /// In words, what a sector that should hold something else holds.
     fn describe(&self, sector: &[u8]) -> String {
         let last = Tag::of_source(SOURCES - 1, SOURCE - 1).0;
-        (0..=last)
-            .map(Tag)
-            .find(|tag| self.is(*tag, sector))
-            .map_or_else(|| format!("unknown bytes {:02x?}...", &sector[..16]), |tag| tag.to_string())
+        (0..=last).map(Tag).find(|tag| self.is(*tag, sector)).map_or_else(
+            || format!("unknown bytes {:02x?}...", &sector[..16]),
+            |tag| tag.to_string(),
+        )
     }
 }
 

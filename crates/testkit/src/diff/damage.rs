@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::world::World;
 
@@ -25,6 +25,7 @@ impl Damage {
     pub fn inflict(self, world: &mut World) -> Result<()> {
         world.trace.push(format!("# damage: {self:?}"));
         let image = world.top();
+        ensure!(image.data_file.is_none(), "no data here to damage");
         let file = std::fs::OpenOptions::new()
             .read(true)
             .write(true)

@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use super::layout::Preallocation;
+use super::program::Program;
 use super::world::{Image, Op, Outcome, World};
 
 /// What is done with a snapshot of the top.
@@ -31,6 +32,11 @@ impl SnapshotVerb {
 pub trait Hand {
     /// Who it is.
     fn name(&self) -> &'static str;
+
+    /// If it is a program, which can do more.
+    fn program(&self) -> Option<&Program> {
+        None
+    }
 
     /// Makes `image`, which is to lie above the world's top if `backing`, of that size in bytes.
     fn create(&mut self, world: &mut World, image: &Image, backing: bool) -> Result<Outcome>;

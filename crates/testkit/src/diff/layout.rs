@@ -69,7 +69,8 @@ impl Layout {
     pub fn random(rng: &mut Rng, backing: bool) -> Layout {
         let mut layout = Layout {
             version: if rng.one_in(6) { 2 } else { 3 },
-            cluster_size: 1 << (CLUSTER_BITS.start() + rng.below(CLUSTER_BITS.end() - CLUSTER_BITS.start() + 1)),
+            cluster_size: 1
+                << (CLUSTER_BITS.start() + rng.below(CLUSTER_BITS.end() - CLUSTER_BITS.start() + 1)),
             refcount_bits: 16,
             extended_l2: false,
             zstd: false,
@@ -132,6 +133,9 @@ impl Layout {
 
     /// How many snapshots a cluster can be in before its refcount is full, the active contents not counted.
     pub fn most_snapshots(&self) -> u64 {
-        1_u64.checked_shl(self.refcount_bits).map_or(u64::MAX, |end| end - 1) - 1
+        1_u64
+            .checked_shl(self.refcount_bits)
+            .map_or(u64::MAX, |end| end - 1)
+            - 1
     }
 }

@@ -11,7 +11,7 @@ pub mod damage;
 pub mod hand;
 pub mod layout;
 pub mod ours;
-pub mod qemu;
+pub mod program;
 pub mod requests;
 pub mod run;
 pub mod sequence;

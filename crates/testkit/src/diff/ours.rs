@@ -18,7 +18,7 @@ use crate::kill::rng::Rng;
 use super::content::{SECTOR, Sources};
 use super::hand::{Hand, SnapshotVerb};
 use super::layout::{Layout, Preallocation};
-use super::qemu::{Check, Qemu};
+use super::program::{Check, Program};
 use super::shuffled::shuffled;
 use super::world::{Image, Op, Outcome, World};
 
@@ -27,7 +27,7 @@ pub struct Ours {
     runtime: Runtime,
     rng: Rng,
     /// Whose counts are compared with ours.
-    qemu: Qemu,
+    qemu: Program,
 }
 
 /// A lower image of a chain.
@@ -62,7 +62,7 @@ impl Ours {
     ///
     /// # Errors
     /// When there is no runtime.
-    pub fn new(seed: u64, qemu: Qemu) -> Result<Ours> {
+    pub fn new(seed: u64, qemu: Program) -> Result<Ours> {
         Ok(Ours {
             runtime: Runtime::new(RuntimeOptions::default())?,
             rng: Rng::new(seed).fork(0x0412),
@@ -89,7 +89,9 @@ impl Ours {
         let file = self.file(&world.path(name), write)?;
         let header = self.runtime.block_on(Header::read(&file));
         let header = header.with_context(|| format!("reading the header of {name}"))?;
-        let below = index.checked_sub(1).map(|below| world.images[below].name.as_str());
+        let below = index
+            .checked_sub(1)
+            .map(|below| world.images[below].name.as_str());
         ensure!(
             header.backing_file.as_deref() == below,
             "{name} names {:?} as its backing image, should be {below:?}",
@@ -159,13 +161,16 @@ impl Ours {
     /// Reads all of an open image, several pieces at a time.
     fn read_all(&mut self, image: &Qcow2) -> Result<Vec<u8>> {
         let size = image.size();
-        let piece = (SECTOR * self.rng.skewed(1, 4096)).max(size / 256).next_multiple_of(SECTOR);
+        let piece = (SECTOR * self.rng.skewed(1, 4096))
+            .max(size / 256)
+            .next_multiple_of(SECTOR);
         let buf = IoBuf::try_alloc(size as usize)?;
         let reads: Vec<Job<'_>> = (0..size.div_ceil(piece))
             .map(|number| {
                 let range = number * piece..((number + 1) * piece).min(size);
                 let part = buf.slice(range.start as usize..range.end as usize);
-                let job: Job<'_> = Box::pin(async move { image.read(part, range.start).await.map(|()| None) });
+                let job: Job<'_> =
+                    Box::pin(async move { image.read(part, range.start).await.map(|()| None) });
                 job
             })
             .collect();
@@ -191,7 +196,9 @@ impl Ours {
                 extent.len
             );
             for offset in (at..at + extent.len).step_by(SECTOR as usize) {
-                let found = theirs.iter().find(|run| run.start <= offset && offset < run.start + run.length);
+                let found = theirs
+                    .iter()
+                    .find(|run| run.start <= offset && offset < run.start + run.length);
                 let found = found.with_context(|| format!("QEMU maps nothing at {offset}"))?;
                 let same = match extent.mapping {
                     Mapping::Data { offset: place } => {
@@ -202,7 +209,10 @@ impl Ours {
                     Mapping::Zero { .. } => found.depth == 0 && found.zero && found.present,
                     Mapping::Unallocated => found.depth > 0 || !found.present,
                 };
-                ensure!(same, "at {offset} we map {extent:?} (from {at} on), QEMU {found:?}");
+                ensure!(
+                    same,
+                    "at {offset} we map {extent:?} (from {at} on), QEMU {found:?}"
+                );
             }
             at += extent.len;
         }
@@ -253,8 +263,13 @@ impl Hand for Ours {
             image,
             below.map(|below| (below.name.clone(), Some(below.format().to_owned()))),
         );
-        world.trace.push(format!("# zbdkit creates {} as {layout:?}", image.name));
-        for name in [Some(&image.name), image.data_file.as_ref()].into_iter().flatten() {
+        world
+            .trace
+            .push(format!("# zbdkit creates {} as {layout:?}", image.name));
+        for name in [Some(&image.name), image.data_file.as_ref()]
+            .into_iter()
+            .flatten()
+        {
             std::fs::File::create(world.path(name))?;
         }
         let file = self.file(&world.path(&image.name), true)?;
@@ -262,7 +277,9 @@ impl Hand for Ours {
             Some(name) => Some(self.file(&world.path(name), true)?),
             None => None,
         };
-        let made = self.runtime.block_on(qcow2::create(&file, data.as_ref(), &layout));
+        let made = self
+            .runtime
+            .block_on(qcow2::create(&file, data.as_ref(), &layout));
         let header = match made {
             Ok(header) => header,
             Err(error) => return Ok(Outcome::Refused(error.to_string())),
@@ -303,7 +320,10 @@ impl Hand for Ours {
                 outcomes.extend(self.on_threads(&image, &world.sources, wave)?);
             } else {
                 let turns = self.rng.fork(4);
-                outcomes.extend(self.runtime.block_on(in_flight(&image, &world.sources, wave, turns)));
+                outcomes.extend(
+                    self.runtime
+                        .block_on(in_flight(&image, &world.sources, wave, turns)),
+                );
             }
         }
         self.runtime.block_on(image.close()).context("closing")?;
@@ -351,7 +371,10 @@ impl Hand for Ours {
         let bytes = self.read_all(&image)?;
         world.same(index, None, &bytes).context("as zbdkit reads it")?;
         self.check_map(world, index, &image)?;
-        let snapshots = self.runtime.block_on(image.snapshots()).context("listing snapshots")?;
+        let snapshots = self
+            .runtime
+            .block_on(image.snapshots())
+            .context("listing snapshots")?;
         let names: Vec<_> = snapshots.iter().map(|snapshot| &snapshot.name).collect();
         let wanted: Vec<_> = model.snapshots.iter().map(|snapshot| &snapshot.name).collect();
         ensure!(names == wanted, "snapshots {names:?}, should be {wanted:?}");
@@ -360,7 +383,9 @@ impl Hand for Ours {
             let copy = "copy.qcow2";
             std::fs::copy(world.path(&model.name), world.path(copy))?;
             let image = self.open(world, index, copy, true)?;
-            let applied = self.runtime.block_on(image.snapshot_apply(&snapshot.name, |_| Ok(())));
+            let applied = self
+                .runtime
+                .block_on(image.snapshot_apply(&snapshot.name, |_| Ok(())));
             if let Err(Error::Refused(why)) = &applied
                 && why.contains("refcount")
             {
@@ -368,7 +393,9 @@ impl Hand for Ours {
             }
             applied.with_context(|| format!("applying {}", snapshot.name))?;
             let bytes = self.read_all(&image)?;
-            world.same(index, Some(number), &bytes).context("as zbdkit reads it")?;
+            world
+                .same(index, Some(number), &bytes)
+                .context("as zbdkit reads it")?;
             self.runtime.block_on(image.close()).context("closing")?;
             drop(image);
             self.check(world, copy)?;
@@ -435,7 +462,11 @@ async fn all(jobs: Vec<Job<'_>>, turns: &mut Rng) -> Vec<Result<Option<Vec<u8>>,
             }
             Poll::Pending => true,
         });
-        if left.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+        if left.is_empty() {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     })
     .await;
     results.into_iter().flatten().collect()

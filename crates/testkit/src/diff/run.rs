@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow};
 
 use super::hand::Hand;
 use super::ours::Ours;
-use super::qemu::Qemu;
+use super::program::Program;
 use super::sequence::{Counts, Plan, Sequence, Skipped};
 use super::tools::Tools;
 
@@ -31,6 +31,8 @@ pub struct Options {
     pub shrink: u32,
     /// Ends with so many failures.
     pub most_failures: usize,
+    /// The zbdkit program, if it is to take part.
+    pub zbdkit: Option<PathBuf>,
     /// QEMU works alone, which shows whether the comparison itself is right.
     pub qemu_only: bool,
     /// Left out of every sequence.
@@ -100,7 +102,11 @@ pub fn run(options: &Options, say: &(dyn Fn(&str) + Sync)) -> Result<Summary> {
             };
             let directory = options.directory.join(format!("job{job}"));
             let ran = attempt(options, &plan, &directory)?;
-            let failure = ran.error.as_ref().map(|_| shorten(options, &plan, &directory)).transpose()?;
+            let failure = ran
+                .error
+                .as_ref()
+                .map(|_| shorten(options, &plan, &directory))
+                .transpose()?;
             let mut summary = summary.lock().expect("nobody panics with it");
             for (what, (done, refused)) in &ran.counts {
                 let entry = summary.counts.entry(*what).or_default();
@@ -126,9 +132,11 @@ pub fn run(options: &Options, say: &(dyn Fn(&str) + Sync)) -> Result<Summary> {
         let threads: Vec<_> = (0..options.jobs.max(1))
             .map(|job| scope.spawn(move || worker(job)))
             .collect();
-        threads
-            .into_iter()
-            .try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(anyhow!("a thread panicked"))))
+        threads.into_iter().try_for_each(|thread| {
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(anyhow!("a thread panicked")))
+        })
     })?;
     Ok(summary.into_inner().expect("nobody panics with it"))
 }
@@ -155,10 +163,13 @@ pub fn attempt(options: &Options, plan: &Plan, directory: &Path) -> Result<Ran> 
         std::fs::remove_dir_all(directory)?;
     }
     std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    let qemu = Qemu::new(options.tools.clone());
+    let qemu = Program::qemu(options.tools.clone());
     let mut hands: Vec<Box<dyn Hand>> = vec![Box::new(qemu.clone())];
     if !options.qemu_only {
         hands.push(Box::new(Ours::new(plan.seed, qemu.clone())?));
+        if let Some(zbdkit) = &options.zbdkit {
+            hands.push(Box::new(Program::zbdkit(zbdkit)));
+        }
     }
     let mut sequence = Sequence::new(plan, directory, &mut hands, qemu)?;
     let error = match catch_unwind(AssertUnwindSafe(|| sequence.run())) {
@@ -213,9 +224,9 @@ fn shorten(options: &Options, plan: &Plan, directory: &Path) -> Result<Failure> 
     Ok(Failure {
         seed: plan.seed,
         skip: plan.skip,
-        what: ran
-            .error
-            .unwrap_or_else(|| "it failed once and then no longer: its outcome depends on more than its seed".into()),
+        what: ran.error.unwrap_or_else(|| {
+            "it failed once and then no longer: its outcome depends on more than its seed".into()
+        }),
         trace: ran.trace,
         kept,
     })

@@ -11,7 +11,7 @@ use super::content::{Content, Pattern, SECTOR};
 use super::damage::Damage;
 use super::hand::{Hand, SnapshotVerb};
 use super::layout::{Layout, Preallocation};
-use super::qemu::Qemu;
+use super::program::Program;
 use super::requests;
 use super::world::{Image, Op, Outcome, Snapshot, World};
 
@@ -46,7 +46,7 @@ pub struct Sequence<'a> {
     /// The images.
     pub world: World,
     hands: &'a mut [Box<dyn Hand>],
-    qemu: Qemu,
+    qemu: Program,
     /// What was done.
     pub counts: Counts,
     /// What there was to leave out.
@@ -58,7 +58,12 @@ impl<'a> Sequence<'a> {
     ///
     /// # Errors
     /// Of the file system.
-    pub fn new(plan: &'a Plan, directory: &Path, hands: &'a mut [Box<dyn Hand>], qemu: Qemu) -> Result<Self> {
+    pub fn new(
+        plan: &'a Plan,
+        directory: &Path,
+        hands: &'a mut [Box<dyn Hand>],
+        qemu: Program,
+    ) -> Result<Self> {
         Ok(Sequence {
             plan,
             world: World::new(directory)?,
@@ -85,7 +90,8 @@ impl<'a> Sequence<'a> {
         for step in 0..steps {
             if self.part(step, None) {
                 let mut rng = Rng::new(self.plan.seed).fork(step);
-                self.step(step, &mut rng).with_context(|| format!("step {step}"))?;
+                self.step(step, &mut rng)
+                    .with_context(|| format!("step {step}"))?;
             }
         }
         if let Some(damage) = self.plan.damage {
@@ -113,13 +119,15 @@ impl<'a> Sequence<'a> {
         let snapshots = self.world.top().snapshots.len();
         match rng.below(24) {
             0..=9 => self.batch(step, rng, who),
-            10..=11 if !has_data_file && snapshots < MOST_SNAPSHOTS => self.snapshot(rng, who, SnapshotVerb::Create),
+            10..=11 if !has_data_file && snapshots < MOST_SNAPSHOTS => {
+                self.snapshot(rng, who, SnapshotVerb::Create)
+            }
             12 if snapshots > 0 => self.snapshot(rng, who, SnapshotVerb::Apply),
             13 if snapshots > 0 => self.snapshot(rng, who, SnapshotVerb::Delete),
             14..=15 => self.resize(rng, who),
             16 if self.world.images.len() < DEEPEST => self.new_image(step, rng, true),
-            17 if self.world.has_backing() && snapshots == 0 => self.commit(rng),
-            18 if self.world.has_backing() && snapshots == 0 => self.rebase(rng),
+            17 if self.world.has_backing() && snapshots == 0 => self.commit(rng, who),
+            18 if self.world.has_backing() && snapshots == 0 => self.rebase(rng, who),
             19 if self.world.layout().lazy_refcounts => self.kill(step, rng),
             20 => self.amend(rng),
             21..=22 => {
@@ -250,11 +258,17 @@ impl<'a> Sequence<'a> {
             (index, self.world.top().snapshots[index].name.clone())
         };
         let outcome = self.hands[who].snapshot(&mut self.world, verb, &name)?;
-        self.count(who, verb.name(), outcome == Outcome::Done);
+        let what = ["snapshot", "apply", "delete"][verb as usize];
+        self.count(who, what, outcome == Outcome::Done);
         if let Outcome::Refused(why) = outcome {
             // A cluster of compressed data has a reference for each piece in it.
             let full = self.world.layout().refcount_bits <= 8;
-            ensure!(full && verb != SnapshotVerb::Delete, "{}: {} {name}: {why}", self.hands[who].name(), verb.name());
+            ensure!(
+                full && verb != SnapshotVerb::Delete,
+                "{}: {} {name}: {why}",
+                self.hands[who].name(),
+                verb.name()
+            );
             return self.refused(who);
         }
         let top = self.world.top_mut();
@@ -276,7 +290,10 @@ impl<'a> Sequence<'a> {
         }
         let name = self.world.top().name.clone();
         let (check, said) = self.qemu.check(&mut self.world, &name, Some("leaks"))?;
-        ensure!(check.corruptions == 0 && check.check_errors == 0, "after QEMU gave up: {said}");
+        ensure!(
+            check.corruptions == 0 && check.check_errors == 0,
+            "after QEMU gave up: {said}"
+        );
         Ok(())
     }
 
@@ -299,20 +316,29 @@ impl<'a> Sequence<'a> {
             let top = self.world.top();
             let cannot = !top.snapshots.is_empty() || self.world.has_backing();
             ensure!(
-                self.world.layout().version == 2 && cannot, "{}: resize to {size}: {why}", self.hands[who].name());
+                self.world.layout().version == 2 && cannot,
+                "{}: resize to {size}: {why}",
+                self.hands[who].name()
+            );
             return Ok(());
         }
         self.world.top_mut().content.resize(size);
         Ok(())
     }
 
-    fn commit(&mut self, rng: &mut Rng) -> Result<()> {
+    fn commit(&mut self, rng: &mut Rng, who: usize) -> Result<()> {
         self.repaired()?;
         let keep = rng.one_in(2);
-        let outcome = self.qemu.commit(&mut self.world, keep)?;
-        self.count_of(self.qemu.name(), "commit", outcome == Outcome::Done);
+        let program = self.hands[who].program().unwrap_or(&self.qemu).clone();
+        let outcome = program.commit(&mut self.world, keep)?;
+        self.count_of(program.name(), "commit", outcome == Outcome::Done);
         if let Outcome::Refused(why) = outcome {
-            bail!("commit: {why}");
+            // What lies below would have to grow, and version 2 cannot hide what lies further below.
+            let below = &self.world.images[self.world.images.len() - 2];
+            let old_format = below.layout.as_ref().is_some_and(|layout| layout.version == 2);
+            let grows = below.content.len() < self.world.top().content.len();
+            ensure!(old_format && grows, "commit: {why}");
+            return Ok(());
         }
         self.world.committed();
         if keep || rng.one_in(2) {
@@ -327,12 +353,13 @@ impl<'a> Sequence<'a> {
         Ok(())
     }
 
-    fn rebase(&mut self, rng: &mut Rng) -> Result<()> {
+    fn rebase(&mut self, rng: &mut Rng, who: usize) -> Result<()> {
         self.repaired()?;
         let below = self.world.images.len() - 2;
+        let program = self.hands[who].program().unwrap_or(&self.qemu).clone();
         let outcome = match rng.below(3) {
             0 => {
-                let outcome = self.qemu.rebase(&mut self.world, None, false)?;
+                let outcome = program.rebase(&mut self.world, None, false)?;
                 if outcome == Outcome::Done {
                     self.world.images.drain(..=below);
                 }
@@ -341,7 +368,7 @@ impl<'a> Sequence<'a> {
             1 if below > 0 => {
                 let lowest = &self.world.images[below - 1];
                 let (name, format) = (lowest.name.clone(), lowest.format());
-                let outcome = self.qemu.rebase(&mut self.world, Some((&name, format)), false)?;
+                let outcome = program.rebase(&mut self.world, Some((&name, format)), false)?;
                 if outcome == Outcome::Done {
                     self.world.images.remove(below);
                 }
@@ -353,12 +380,12 @@ impl<'a> Sequence<'a> {
                 let name = self.world.name(old.format());
                 std::fs::rename(self.world.path(&old.name), self.world.path(&name))?;
                 self.world.trace.push(format!("mv {} {name}", old.name));
-                let outcome = self.qemu.rebase(&mut self.world, Some((&name, old.format())), true)?;
+                let outcome = program.rebase(&mut self.world, Some((&name, old.format())), true)?;
                 self.world.images[below].name = name;
                 outcome
             }
         };
-        self.count_of(self.qemu.name(), "rebase", outcome == Outcome::Done);
+        self.count_of(program.name(), "rebase", outcome == Outcome::Done);
         if let Outcome::Refused(why) = outcome {
             bail!("rebase: {why}");
         }

@@ -52,7 +52,11 @@ impl Storage for Shuffled {
 
 /// Mostly few.
 fn turns(rng: &mut Rng) -> u64 {
-    if rng.one_in(8) { rng.below(20) } else { rng.below(3) }
+    if rng.one_in(8) {
+        rng.below(20)
+    } else {
+        rng.below(3)
+    }
 }
 
 async fn wait(turns: u64) {

@@ -66,11 +66,22 @@ impl Tools {
             let words = words.lines().map(str::to_owned).collect();
             return Tools::of(words, None).map_err(|why| format!("{VARIABLE}: {why}"));
         }
-        if let Some(tools) = rig().and_then(|tree| Tools::of(through_loader(&tree), Some(modules(&tree))).ok()) {
+        if let Some(tools) =
+            rig().and_then(|tree| Tools::of(through_loader(&tree), Some(modules(&tree))).ok())
+        {
             return Ok(tools);
         }
         Tools::of(vec!["{}".to_owned()], None)
             .map_err(|why| format!("{why}; `cargo xtask diff` brings a QEMU of its own"))
+    }
+
+    /// One program, whatever the tool is called.
+    pub fn at(path: &Path) -> Tools {
+        Tools {
+            words: vec![path.display().to_string()],
+            modules: None,
+            version: String::new(),
+        }
     }
 
     fn of(words: Vec<String>, modules: Option<PathBuf>) -> Result<Tools, String> {
@@ -127,7 +138,10 @@ impl Tools {
 
 /// Runs a command with its output in a file; so no pipe can fill up, and one wait is enough.
 fn finish(mut command: Command) -> Result<(ExitStatus, String)> {
-    let mut output = File::from(rustix::fs::memfd_create("output", rustix::fs::MemfdFlags::CLOEXEC)?);
+    let mut output = File::from(rustix::fs::memfd_create(
+        "output",
+        rustix::fs::MemfdFlags::CLOEXEC,
+    )?);
     command
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
@@ -172,7 +186,12 @@ fn target() -> Option<PathBuf> {
     if let Some(directory) = std::env::var_os("CARGO_TARGET_DIR") {
         return Some(directory.into());
     }
-    Some(Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2)?.join("target"))
+    Some(
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .ancestors()
+            .nth(2)?
+            .join("target"),
+    )
 }
 
 /// The tools of an unpacked tree run through its own dynamic linker.
@@ -195,7 +214,10 @@ fn modules(tree: &Path) -> PathBuf {
 
 /// `11.1` of `qemu-img version 11.1.3 (Debian ...)`.
 fn version(line: &str) -> Option<(u32, u32)> {
-    let mut numbers = line.split("version ").nth(1)?.split(|c: char| !c.is_ascii_digit());
+    let mut numbers = line
+        .split("version ")
+        .nth(1)?
+        .split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
@@ -215,7 +237,10 @@ mod tests {
 
     #[test]
     fn versions_are_read_from_the_version_line() {
-        assert_eq!(version("qemu-img version 11.1.3 (Debian 1:11.1.3+ds-1)"), Some((11, 1)));
+        assert_eq!(
+            version("qemu-img version 11.1.3 (Debian 1:11.1.3+ds-1)"),
+            Some((11, 1))
+        );
         assert_eq!(version("something else"), None);
     }
 

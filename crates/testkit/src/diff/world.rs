@@ -10,15 +10,31 @@ use super::layout::Layout;
 
 /// A request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the fields are what they are called, ranges are bytes")]
+#[expect(
+    missing_docs,
+    reason = "the fields are what they are called, ranges are bytes"
+)]
 pub enum Op {
-    Write { range: Range<u64>, pattern: Pattern },
+    Write {
+        range: Range<u64>,
+        pattern: Pattern,
+    },
     /// At most one cluster, from its start.
-    WriteCompressed { range: Range<u64>, pattern: Pattern },
-    WriteZeroes { range: Range<u64>, unmap: bool },
-    Discard { range: Range<u64> },
+    WriteCompressed {
+        range: Range<u64>,
+        pattern: Pattern,
+    },
+    WriteZeroes {
+        range: Range<u64>,
+        unmap: bool,
+    },
+    Discard {
+        range: Range<u64>,
+    },
     /// Reads and compares; who cannot leaves it out.
-    Read { range: Range<u64> },
+    Read {
+        range: Range<u64>,
+    },
     Flush,
 }
 
@@ -183,7 +199,10 @@ impl World {
         let (content, what) = match snapshot {
             Some(number) => {
                 let snapshot = &mut image.snapshots[number];
-                (&mut snapshot.content, format!("snapshot {} of {}", snapshot.name, image.name))
+                (
+                    &mut snapshot.content,
+                    format!("snapshot {} of {}", snapshot.name, image.name),
+                )
             }
             None => (&mut image.content, image.name.clone()),
         };

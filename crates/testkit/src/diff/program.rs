@@ -1,6 +1,7 @@
-//! QEMU's tools as one of the hands, and as the judge of images.
+//! A program as one of the hands: QEMU's tools, which are also the judge of images, or zbdkit's command line.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
@@ -56,19 +57,38 @@ impl Run {
     }
 }
 
-/// QEMU's tools.
-#[derive(Debug, Clone)]
-pub struct Qemu {
-    tools: Tools,
+/// Which program it is. They take the same arguments, nearly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Qemu,
+    Zbdkit,
 }
 
-impl Qemu {
-    /// With these tools.
-    pub fn new(tools: Tools) -> Qemu {
-        Qemu { tools }
+/// A program that makes and changes images.
+#[derive(Debug, Clone)]
+pub struct Program {
+    tools: Tools,
+    kind: Kind,
+}
+
+impl Program {
+    /// QEMU's tools.
+    pub fn qemu(tools: Tools) -> Program {
+        Program {
+            tools,
+            kind: Kind::Qemu,
+        }
     }
 
-    /// Runs `qemu-img` in the world's directory.
+    /// The zbdkit at this path.
+    pub fn zbdkit(path: &Path) -> Program {
+        Program {
+            tools: Tools::at(path),
+            kind: Kind::Zbdkit,
+        }
+    }
+
+    /// Runs `qemu-img`, or zbdkit's verb of the same name, in the world's directory.
     ///
     /// # Errors
     /// When it does not run.
@@ -77,7 +97,11 @@ impl Qemu {
         world: &mut World,
         arguments: impl IntoIterator<Item = I>,
     ) -> Result<Said> {
-        self.run(world, "qemu-img", arguments)
+        let tool = match self.kind {
+            Kind::Qemu => "qemu-img",
+            Kind::Zbdkit => "zbdkit",
+        };
+        self.run(world, tool, arguments)
     }
 
     fn run<I: AsRef<str>>(
@@ -111,7 +135,7 @@ impl Qemu {
         })
     }
 
-    /// What `qemu-img check` says about a qcow2 image, with or without `-r`.
+    /// What `check` says about a qcow2 image, with or without `-r`.
     ///
     /// # Errors
     /// When it could not check.
@@ -133,7 +157,9 @@ impl Qemu {
     /// # Errors
     /// When it does not run.
     pub fn map(&self, world: &mut World, name: &str) -> Result<Vec<Run>> {
-        let said = self.img(world, ["map", "-f", "qcow2", "--output=json", name])?.success()?;
+        let said = self
+            .img(world, ["map", "-f", "qcow2", "--output=json", name])?
+            .success()?;
         world.trace.pop();
         serde_json::from_str(&said.text).context("the output of qemu-img map")
     }
@@ -142,7 +168,13 @@ impl Qemu {
     ///
     /// # Errors
     /// When QEMU cannot.
-    pub fn read(&self, world: &mut World, name: &str, format: &str, snapshot: Option<&str>) -> Result<Vec<u8>> {
+    pub fn read(
+        &self,
+        world: &mut World,
+        name: &str,
+        format: &str,
+        snapshot: Option<&str>,
+    ) -> Result<Vec<u8>> {
         let mut arguments = vec!["convert", "-f", format, "-O", "raw"];
         let of_snapshot;
         if let Some(snapshot) = snapshot {
@@ -162,7 +194,8 @@ impl Qemu {
     fn read_applied(&self, world: &mut World, name: &str, snapshot: &str) -> Result<Vec<u8>> {
         let copy = "copy.qcow2";
         std::fs::copy(world.path(name), world.path(copy))?;
-        self.img(world, ["snapshot", "-q", "-a", snapshot, copy])?.success()?;
+        self.img(world, ["snapshot", "-q", "-a", snapshot, copy])?
+            .success()?;
         world.trace.pop();
         let bytes = self.read(world, copy, "qcow2", None)?;
         std::fs::remove_file(world.path(copy))?;
@@ -190,13 +223,13 @@ impl Qemu {
     /// # Errors
     /// When QEMU does not do what it is told.
     pub fn killed(&self, world: &mut World, ops: &[Op]) -> Result<()> {
-        let mut arguments = arguments(ops);
+        let mut arguments = self.arguments(ops);
         arguments.extend(["-c".into(), "flush".into(), "-c".into(), "sigraise 9".into()]);
         arguments.push(world.top().name.clone());
         let said = self.tools.run("qemu-io", &world.directory, &arguments)?;
         world.trace.push(said.command.clone());
         ensure!(said.status.code().is_none(), "{} survived", said.command);
-        let outcomes = outcomes(&said, ops)?;
+        let outcomes = self.outcomes(&said, ops)?;
         if let Some(Outcome::Refused(why)) = outcomes.iter().find(|outcome| **outcome != Outcome::Done) {
             bail!("{}: {why}", said.command);
         }
@@ -245,9 +278,16 @@ impl Qemu {
     }
 }
 
-impl Hand for Qemu {
+impl Hand for Program {
     fn name(&self) -> &'static str {
-        "qemu"
+        match self.kind {
+            Kind::Qemu => "qemu",
+            Kind::Zbdkit => "cli",
+        }
+    }
+
+    fn program(&self) -> Option<&Program> {
+        Some(self)
     }
 
     fn create(&mut self, world: &mut World, image: &Image, backing: bool) -> Result<Outcome> {
@@ -268,12 +308,19 @@ impl Hand for Qemu {
 
     fn batch(&mut self, world: &mut World, waves: &[Vec<Op>]) -> Result<Vec<Outcome>> {
         let ops: Vec<Op> = waves.iter().flatten().cloned().collect();
+        if self.kind == Kind::Zbdkit {
+            let mut arguments = vec!["io".to_owned()];
+            arguments.extend(self.arguments(&ops));
+            arguments.push(world.top().name.clone());
+            let said = self.run(world, "zbdkit", &arguments)?;
+            return self.outcomes(&said, &ops);
+        }
         let mut all = Vec::new();
         for ops in ops.chunk_by(|before, after| is_compressed(before) || !is_compressed(after)) {
-            let mut arguments = arguments(ops);
+            let mut arguments = self.arguments(ops);
             arguments.push(world.top().name.clone());
             let said = self.run(world, "qemu-io", &arguments)?;
-            all.extend(outcomes(&said, ops)?);
+            all.extend(self.outcomes(&said, ops)?);
         }
         Ok(all)
     }
@@ -333,55 +380,66 @@ fn is_compressed(op: &Op) -> bool {
     matches!(op, Op::WriteCompressed { .. })
 }
 
-/// The commands of `qemu-io` for these requests.
-fn arguments(ops: &[Op]) -> Vec<String> {
-    let mut arguments: Vec<String> = ["-f", "qcow2", "-d", "unmap"].map(str::to_owned).to_vec();
-    for op in ops {
-        let mut command = match op {
-            Op::Write { .. } => "write".to_owned(),
-            Op::WriteCompressed { .. } => "write -c".to_owned(),
-            Op::WriteZeroes { unmap: true, .. } => "write -z -u".to_owned(),
-            Op::WriteZeroes { .. } => "write -z".to_owned(),
-            Op::Discard { .. } => "discard".to_owned(),
-            Op::Flush => "flush".to_owned(),
-            // It could compare with a single byte only.
-            Op::Read { .. } => continue,
-        };
-        if let Op::Write { pattern, .. } | Op::WriteCompressed { pattern, .. } = op {
-            match pattern {
-                Pattern::Byte(byte) => write!(command, " -P {byte}"),
-                Pattern::Source(source) => write!(command, " -s {}", Sources::name(*source)),
-            }
-            .expect("a string takes everything");
-        }
-        if let Some(range) = op.range() {
-            write!(command, " {} {}", range.start, range.end - range.start).expect("a string takes everything");
-        }
-        arguments.extend(["-c".to_owned(), command]);
+impl Program {
+    /// Neither could compare what it reads with more than a single byte; and zbdkit compresses whole images only.
+    fn leaves_out(&self, op: &Op) -> bool {
+        matches!(op, Op::Read { .. }) || self.kind == Kind::Zbdkit && is_compressed(op)
     }
-    arguments
-}
 
-/// What `qemu-io` said about each request.
-fn outcomes(said: &Said, ops: &[Op]) -> Result<Vec<Outcome>> {
-    let mut lines = said.text.lines().filter_map(|line| {
-        if line.starts_with("wrote ") || line.starts_with("discard ") && !line.contains("failed") {
-            Some(Outcome::Done)
-        } else if line.contains(" failed: ") {
-            Some(Outcome::Refused(line.to_owned()))
-        } else {
-            None
+    /// The commands of `qemu-io` for these requests.
+    fn arguments(&self, ops: &[Op]) -> Vec<String> {
+        let mut arguments: Vec<String> = ["-f", "qcow2"].map(str::to_owned).to_vec();
+        if self.kind == Kind::Qemu {
+            arguments.extend(["-d", "unmap"].map(str::to_owned));
         }
-    });
-    let outcomes: Option<Vec<Outcome>> = ops
-        .iter()
-        .map(|op| match op {
-            Op::Read { .. } | Op::Flush => Some(Outcome::Done),
-            _ => lines.next(),
-        })
-        .collect();
-    match outcomes {
-        Some(outcomes) if lines.next().is_none() => Ok(outcomes),
-        _ => bail!("{} says: {}", said.command, said.text),
+        for op in ops.iter().filter(|op| !self.leaves_out(op)) {
+            let mut command = match op {
+                Op::Write { .. } => "write".to_owned(),
+                Op::WriteCompressed { .. } => "write -c".to_owned(),
+                Op::WriteZeroes { unmap: true, .. } => "write -z -u".to_owned(),
+                Op::WriteZeroes { .. } => "write -z".to_owned(),
+                Op::Discard { .. } => "discard".to_owned(),
+                Op::Flush => "flush".to_owned(),
+                Op::Read { .. } => continue,
+            };
+            if let Op::Write { pattern, .. } | Op::WriteCompressed { pattern, .. } = op {
+                match pattern {
+                    Pattern::Byte(byte) => write!(command, " -P {byte}"),
+                    Pattern::Source(source) => write!(command, " -s {}", Sources::name(*source)),
+                }
+                .expect("a string takes everything");
+            }
+            if let Some(range) = op.range() {
+                write!(command, " {} {}", range.start, range.end - range.start)
+                    .expect("a string takes everything");
+            }
+            arguments.extend(["-c".to_owned(), command]);
+        }
+        arguments
+    }
+
+    /// What `qemu-io` said about each request.
+    fn outcomes(&self, said: &Said, ops: &[Op]) -> Result<Vec<Outcome>> {
+        let mut lines = said.text.lines().filter_map(|line| {
+            if line.starts_with("wrote ") || line.starts_with("discard ") && !line.contains("failed") {
+                Some(Outcome::Done)
+            } else if line.contains(" failed: ") {
+                Some(Outcome::Refused(line.to_owned()))
+            } else {
+                None
+            }
+        });
+        let outcomes: Option<Vec<Outcome>> = ops
+            .iter()
+            .map(|op| match op {
+                Op::Read { .. } | Op::Flush => Some(Outcome::Done),
+                op if self.leaves_out(op) => Some(Outcome::Refused("it has no command for this".into())),
+                _ => lines.next(),
+            })
+            .collect();
+        match outcomes {
+            Some(outcomes) if lines.next().is_none() => Ok(outcomes),
+            _ => bail!("{} says: {}", said.command, said.text),
+        }
     }
 }
