@@ -98,6 +98,8 @@ struct Run {
     /// What each sector holds, as far as all requests are done.
     tags: Vec<Tag>,
     next: Tag,
+    /// Where something was done lately, which the next requests may run into.
+    hot: u64,
     log: RefCell<Log>,
     rng: Rng,
 }
@@ -153,6 +155,7 @@ impl Run {
             backing,
             disk,
             next: 1,
+            hot: 0,
             log: RefCell::default(),
             rng: Rng(seed),
         };
@@ -195,7 +198,10 @@ impl Run {
         let slots = 1 + self.rng.below(6);
         let mut jobs: Vec<Job<'_>> = Vec::new();
         let mut planned = Vec::new();
-        let mut at = self.rng.below(sectors / 2);
+        let mut at = match self.rng.one_in(2) {
+            true => self.hot,
+            false => self.rng.below(sectors / 2),
+        };
         for _ in 0..slots {
             let most = (sectors - at).min(1 + 4 * self.layout.cluster_size / SECTOR);
             if most == 0 {
@@ -208,6 +214,7 @@ impl Run {
                 break;
             }
         }
+        self.hot = planned[self.rng.below(planned.len() as u64) as usize].1.start;
         if self.rng.one_in(3) {
             planned.push((Request::Flush, 0..0, 0));
         }
