@@ -3,7 +3,7 @@
 use clap::{Parser, Subcommand};
 
 use crate::verbs::{
-    commit, compare, completions, convert, create, info, io, man, map, rebase, report, resize, serve,
+    check, commit, compare, completions, convert, create, info, io, man, map, rebase, report, resize, serve,
     set_zone, snapshot, zones,
 };
 
@@ -56,6 +56,7 @@ Environment:
 pub enum Verb {
     Create(create::Create),
     Info(info::Info),
+    Check(check::Check),
     Snapshot(snapshot::SnapshotArgs),
     Resize(resize::Resize),
     Convert(convert::Convert),

@@ -9,7 +9,6 @@ mod cli;
 mod image;
 mod log;
 mod output;
-#[allow(dead_code, reason = "the verbs that need it come next")]
 mod progress;
 mod shapes;
 mod verbs;
@@ -19,7 +18,10 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let cli = cli::Cli::parse();
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return output::usage(&error),
+    };
     log::init(cli.verbose, &cli.verb);
     match verbs::run(cli.verb) {
         Ok(code) => code,

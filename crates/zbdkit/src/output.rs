@@ -52,6 +52,29 @@ fn stdout_error(error: io::Error) -> anyhow::Error {
     }
 }
 
+/// Prints what clap has to say, which may be the help that was asked for, and gives the exit status.
+pub fn usage(error: &clap::Error) -> ExitCode {
+    // Nobody may be reading; that is no failure.
+    let _ = error.print();
+    if error.exit_code() == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(usage_status())
+    }
+}
+
+/// The exit status of a wrong command line: 2, but for `check`, whose 2 says that the image is damaged.
+fn usage_status() -> u8 {
+    let verb = std::env::args_os()
+        .skip(1)
+        .find(|arg| !arg.as_encoded_bytes().starts_with(b"-"));
+    if verb.is_some_and(|verb| verb == "check") {
+        1
+    } else {
+        2
+    }
+}
+
 /// Prints an error and gives the exit status that belongs to it.
 pub fn explain(error: &anyhow::Error) -> ExitCode {
     if error.is::<Closed>() {
@@ -60,7 +83,7 @@ pub fn explain(error: &anyhow::Error) -> ExitCode {
     complain(format_args!("{}", describe(error)));
     if error.is::<Usage>() {
         complain("try 'zbdkit help', or the verb with --help");
-        return ExitCode::from(2);
+        return ExitCode::from(usage_status());
     }
     ExitCode::FAILURE
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::Args;
 use zbdkit_block::{Device, Graph, OpenOptions, tool};
+use zbdkit_qcow2::Preallocation;
 
 use crate::image::{ImageArgs, Session, changing, graph_as, looking};
 use crate::output::Out;
@@ -146,12 +147,33 @@ fn is_same(a: &Path, b: &Path) -> bool {
 }
 
 async fn commit(args: &Commit, session: &Session, top: &Device, chain: &Chain) -> anyhow::Result<()> {
-    let base = chain.graph.open(session.host(), &changing()).await?;
+    let base = open_base(session, chain, top.limits().size).await?;
     let result = write(args, top, chain, &base).await;
     // Durable before the overlay loses what it has.
     let closed = base.close().await;
     result?;
     closed.with_context(|| format!("closing {}", chain.base.display()))
+}
+
+/// The base, made as large as the top image if it is smaller: there it showed as zeros.
+async fn open_base(session: &Session, chain: &Chain, size: u64) -> anyhow::Result<Device> {
+    let base = chain.graph.open(session.host(), &changing()).await?;
+    if base.limits().size >= size {
+        return Ok(base);
+    }
+    let grown = grow(&base, &chain.base, size).await;
+    base.close().await?;
+    grown.with_context(|| format!("{} is to become as large as the image", chain.base.display()))?;
+    Ok(chain.graph.open(session.host(), &changing()).await?)
+}
+
+async fn grow(base: &Device, path: &Path, size: u64) -> anyhow::Result<()> {
+    if base.qcow2().is_none() && base.engine().is_none() {
+        let file = std::fs::File::options().write(true).open(path)?;
+        file.set_len(size)?;
+        return Ok(file.sync_all()?);
+    }
+    Ok(base.resize(size, false, Preallocation::Off).await?)
 }
 
 async fn write(args: &Commit, top: &Device, chain: &Chain, base: &Device) -> anyhow::Result<()> {

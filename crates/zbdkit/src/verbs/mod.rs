@@ -1,5 +1,6 @@
 //! The verbs.
 
+pub mod check;
 pub mod commit;
 pub mod compare;
 pub mod completions;
@@ -28,6 +29,7 @@ pub fn run(verb: Verb) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::Create(args) => create::run(args),
         Verb::Info(args) => info::run(&args),
+        Verb::Check(args) => return check::run(&args),
         Verb::Snapshot(args) => snapshot::run(&args),
         Verb::Resize(args) => resize::run(&args),
         Verb::Convert(args) => convert::run(&args),

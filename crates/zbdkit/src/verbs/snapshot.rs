@@ -75,7 +75,9 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<()> {
     }
     session.with(&graph, &changing(), async |device| {
         if device.qcow2().is_none() {
-            bail!("only qcow2 images have internal snapshots; 'zbdkit convert -O qcow2' makes one of this image");
+            bail!(
+                "only qcow2 images have internal snapshots; 'zbdkit convert -O qcow2' makes one of this image"
+            );
         }
         if let Some(name) = create {
             let made = device.snapshot_create(name).await;

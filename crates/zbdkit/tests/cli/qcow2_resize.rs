@@ -116,4 +116,5 @@ fn a_zoned_image_grows_by_whole_zones() {
             "read -q -P 9 960M 1M",
         ])
         .ok();
+    bench.run(&["check", "-q", "x.qcow2"]).ok();
 }

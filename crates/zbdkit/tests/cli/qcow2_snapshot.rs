@@ -122,7 +122,12 @@ fn a_snapshot_brings_the_zones_back() {
         "read -q -P 0 192M 1M",
     ]);
     io(&["write -q -P 1 12k 4k", "read -q -P 1 12k 4k"]);
+    bench.run(&["check", "-q", "x.qcow2"]).ok();
     bench.run(&["snapshot", "-d", "before", "x.qcow2"]).ok();
+    let checked = bench.run(&["check", "x.qcow2"]);
+    assert_eq!(checked.err, "");
+    let text = checked.ok();
+    assert!(text.starts_with("No errors"), "{text}");
 }
 
 #[test]

@@ -294,9 +294,7 @@ fn qcow2_image(out: &mut Out, path: &Path, args: &Create, asked: &Asked) -> anyh
     out.line(qcow2::formatting(path, asked, &layout, spec))?;
     match &made.geometry {
         // Who says -f qcow2 is used to qemu-img, which prints nothing more.
-        Some(geometry) if args.format.is_none() => {
-            out.line(hint(geometry, "the image", &shell_quoted(path)))
-        }
+        Some(geometry) if args.format.is_none() => out.line(hint(geometry, "the image", &shell_quoted(path))),
         _ => Ok(()),
     }
 }
