@@ -1,10 +1,12 @@
 //! The contract between the nodes of a graph.
 
 use std::cell::RefCell;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::ops::{ControlFlow, Range};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
 
 use zbdkit_io::{File, IoBuf};
 pub use zbdkit_qcow2::Access;
@@ -94,6 +96,32 @@ impl MapExtent {
 /// What one queue (one thread) brings to its requests: preallocated in-flight slots.
 pub struct Lane {
     slots: Option<RefCell<SlotPool>>,
+    background: Arc<Background>,
+}
+
+/// What requests of a lane have left to be done behind them, on the same thread.
+#[derive(Default)]
+struct Background {
+    count: AtomicUsize,
+    waiting: Mutex<Vec<Waker>>,
+}
+
+/// Something goes on behind a lane's requests while this lives.
+pub(crate) struct Work(Arc<Background>);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if self.0.count.fetch_sub(1, Ordering::SeqCst) == 1 {
+            let waiting = std::mem::take(&mut *self.0.waiting());
+            waiting.into_iter().for_each(Waker::wake);
+        }
+    }
+}
+
+impl Background {
+    fn waiting(&self) -> MutexGuard<'_, Vec<Waker>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Most writes to sequential zones that one lane has in flight; more wait for one of them. A driver chooses the size
@@ -105,7 +133,36 @@ impl Lane {
     pub(crate) fn new(engine: Option<&Engine>, depth: u32) -> Lane {
         Lane {
             slots: engine.and_then(|engine| some_slots(engine, depth.min(MAX_DEPTH))),
+            background: Arc::default(),
         }
+    }
+
+    /// Returns once nothing goes on behind the lane's requests. Before a thread's runtime ends: what is cut off half-way
+    /// there is as good as a failure.
+    pub async fn quiet(&self) {
+        let is_quiet = || self.background.count.load(Ordering::SeqCst) == 0;
+        poll_fn(|cx| {
+            if is_quiet() {
+                return Poll::Ready(());
+            }
+            let mut waiting = self.background.waiting();
+            if !waiting.iter().any(|waker| waker.will_wake(cx.waker())) {
+                waiting.push(cx.waker().clone());
+            }
+            drop(waiting);
+            if is_quiet() {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
+    /// Something begins that goes on behind a request.
+    pub(crate) fn work(&self) -> Work {
+        self.background.count.fetch_add(1, Ordering::SeqCst);
+        Work(self.background.clone())
     }
 
     /// The slots; `None` on a device without zones, or where other lanes have taken them all.

@@ -8,8 +8,9 @@ use zbdkit_qcow2::{Layout, Preallocation, Qcow2};
 use zbdkit_spec::qcow2::{AUTOCLEAR_ZONE_TABLE, INCOMPAT_ZONE_STATES, INCOMPAT_ZONED};
 use zbdkit_zone::Geometry;
 
-use super::extension::{self, Ours, Zones};
+use super::extension::{self, Zones};
 use super::gate::{self, ImageFormat};
+use super::ours::{self, Ours};
 use super::zones::{Known, Tables};
 use crate::create::{CreateError, CreateOptions, replace};
 use crate::device::Device;
@@ -322,7 +323,7 @@ async fn give_zones(
         .any(|record| record.read_only || record.offline);
     image
         .update_header(|header| {
-            extension::put(header, &zones, &ours, states);
+            ours::put(header, &zones, &ours, states);
             Ok(())
         })
         .await

@@ -11,17 +11,20 @@ use std::sync::Arc;
 
 use zbdkit_io::File;
 use zbdkit_qcow2::{Header, Qcow2, Snapshot, read_snapshots};
-use zbdkit_spec::qcow2::{AUTOCLEAR_ZONE_TABLE, INCOMPAT_ZONED};
+use zbdkit_spec::qcow2::{AUTOCLEAR_ZONE_TABLE, INCOMPAT_ZONED, ZONED_MAX_ZONES};
 use zbdkit_zone::{Geometry, ZoneRecord};
 
 use super::directory::Directory;
-use super::extension::{self, Draft, Ours, Zones};
+use super::extension::{self, Draft, Zones};
 use super::node::Qcow2Node;
+use super::ours::{self, Ours};
 use super::words;
 use super::zones::{self, Known};
 use crate::check::{ZoneCheck, data_end, tell};
 use crate::host::Host;
-use crate::zoned::{Finding, Mirror, Records, Salvaged, Table, bare_words, read_at, spec_of, zones_of};
+use crate::zoned::{
+    Finding, Mirror, Records, Salvaged, Table, bare_words, read_at, spec_of, table_size, zones_of,
+};
 
 /// Everything that can be known of an image's zones without believing any of it.
 pub struct Look {
@@ -98,10 +101,14 @@ impl Look {
                 self.bad_entries.push((entry.id.clone(), why));
                 continue;
             }
-            let loaded = Table::load(file.clone(), entry.table.0, entry.table.1).await;
-            if let Err(error) = loaded {
-                self.bad_entries.push((entry.id.clone(), error.to_string()));
-            }
+            let why = match entry.table.1 > table_size(ZONED_MAX_ZONES) {
+                true => Some("it is larger than it can be".to_owned()),
+                false => Table::load(file.clone(), entry.table.0, entry.table.1)
+                    .await
+                    .err()
+                    .map(|error| error.to_string()),
+            };
+            self.bad_entries.extend(why.map(|why| (entry.id.clone(), why)));
         }
         let has_entry = |snapshot: &&Snapshot| directory.find(&snapshot.id).is_none();
         self.missing = snapshots
@@ -250,7 +257,7 @@ impl Look {
         let states = known.records.values().any(|r| r.read_only || r.offline);
         image
             .update_header(|header| {
-                extension::put(header, &zones, &ours, states);
+                ours::put(header, &zones, &ours, states);
                 Ok(())
             })
             .await
@@ -477,6 +484,12 @@ pub fn zones_make_sense(header: &Header, file: &File) -> bool {
 }
 
 async fn salvage(file: &File, ours: &Ours, header: &Header) -> Result<Salvaged, String> {
+    if ours.area.1 > table_size(ZONED_MAX_ZONES) {
+        return Err(format!(
+            "a zone table of {} bytes is larger than it can be",
+            ours.area.1
+        ));
+    }
     let salvaged = Table::salvage(file.clone(), ours.area.0, ours.area.1).await;
     let salvaged = salvaged.map_err(|error| error.to_string())?;
     let table = salvaged.table.header();

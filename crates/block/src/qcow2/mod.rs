@@ -8,6 +8,7 @@ mod gate;
 mod look;
 mod node;
 mod offline;
+mod ours;
 mod words;
 mod zones;
 

@@ -86,7 +86,7 @@ impl Qcow2Node {
     }
 
     /// Sees to it that the write finds clusters, where its zone is one that is mapped ahead.
-    async fn prepare_write(&self, offset: u64, len: u64) {
+    async fn prepare_write(&self, lane: &Lane, offset: u64, len: u64) {
         let Some(ahead) = &self.ahead else { return };
         let Some(zone) = ahead.zone_of(offset) else { return };
         let is_mapped = || self.image.resolve(offset, len, Access::Write).is_some();
@@ -94,7 +94,7 @@ impl Qcow2Node {
             if ahead.crosses(offset, len)
                 && let Some(turn) = ahead.try_turn(zone)
             {
-                self.map_early(turn, ahead.early(zone, offset, len));
+                self.map_early(lane, turn, ahead.early(zone, offset, len));
             }
             return;
         }
@@ -107,13 +107,13 @@ impl Qcow2Node {
         }
     }
 
-    fn map_early(&self, turn: Turn, range: Range<u64>) {
+    fn map_early(&self, lane: &Lane, turn: Turn, range: Range<u64>) {
         if range.is_empty() {
             return;
         }
-        let image = self.image.clone();
+        let (image, work) = (self.image.clone(), lane.work());
         zbdkit_io::spawn(async move {
-            let _turn = turn;
+            let _until_done = (turn, work);
             if let Err(error) = image.map_ahead(range).await {
                 tracing::debug!("a zone could not be mapped ahead: {error}");
             }
@@ -164,6 +164,7 @@ impl Qcow2Node {
             }
             let Some((node, there)) = image.below(offset) else {
                 return Ok(MapExtent {
+                    depth,
                     present: false,
                     ..MapExtent::zeros(alike)
                 });
@@ -211,9 +212,9 @@ impl Node for Qcow2Node {
         Box::pin(async move { Ok(self.image.read(buf, offset).await?) })
     }
 
-    fn write<'a>(&'a self, _lane: &'a Lane, buf: IoBuf, offset: u64) -> Request<'a, ()> {
+    fn write<'a>(&'a self, lane: &'a Lane, buf: IoBuf, offset: u64) -> Request<'a, ()> {
         Box::pin(async move {
-            self.prepare_write(offset, buf.len() as u64).await;
+            self.prepare_write(lane, offset, buf.len() as u64).await;
             Ok(self.image.write(buf, offset).await?)
         })
     }

@@ -11,8 +11,9 @@ use zbdkit_qcow2::{Header, Preallocation, Qcow2, Snapshot};
 use zbdkit_zone::{Geometry, GeometrySpec, ZoneNo, ZoneType};
 
 use super::directory::{Directory, Frozen};
-use super::extension::{self, Ours, Zones};
+use super::extension::{self, Zones};
 use super::node::Qcow2Node;
+use super::ours::{self, Ours};
 use super::zones::{self, Described, Known, Tables};
 use crate::device::Device;
 use crate::error::Error;
@@ -297,7 +298,7 @@ impl<'a> Offline<'a> {
             .records
             .values()
             .any(|record| record.read_only || record.offline);
-        let switched = switch(&mut |header| extension::put(header, &zones, &ours, states)).await;
+        let switched = switch(&mut |header| ours::put(header, &zones, &ours, states)).await;
         if let Err(error) = switched {
             tables.free(image).await;
             return Err(error.into());

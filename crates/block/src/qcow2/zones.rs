@@ -10,13 +10,14 @@ use std::sync::Arc;
 
 use zbdkit_io::File;
 use zbdkit_qcow2::{Header, Qcow2};
-use zbdkit_spec::qcow2::INCOMPAT_ZONE_STATES;
+use zbdkit_spec::qcow2::{INCOMPAT_ZONE_STATES, ZONED_MAX_ZONES};
 use zbdkit_spec::sidecar;
 use zbdkit_zone::Geometry;
 
 use super::directory::Directory;
-use super::extension::{self, Draft, Ours, Zones};
+use super::extension::{self, Draft, Zones};
 use super::node::Qcow2Node;
+use super::ours::{self, Ours};
 use super::words;
 use crate::create::default_append;
 use crate::error::{Error, OpenError};
@@ -83,6 +84,12 @@ impl Described {
             ));
         };
         let damaged = |why: String| format!("the zone table of snapshot {id} cannot be used: {why}");
+        if frozen.table.1 > table_size(ZONED_MAX_ZONES) {
+            return Err(damaged(format!(
+                "it has {} bytes, more than it can have",
+                frozen.table.1
+            )));
+        }
         let loaded = Table::load(file.clone(), frozen.table.0, frozen.table.1).await;
         let loaded = loaded.map_err(|error| damaged(error.to_string()))?;
         let header = loaded.table.header();
@@ -99,6 +106,17 @@ impl Described {
     /// Reads the table in the area.
     pub async fn load(&self, file: &File, ours: &Ours, path: &Path) -> Result<Loaded, OpenError> {
         let place = Place::Inside(path.to_owned());
+        let contradiction = || {
+            OpenError::data(
+                path,
+                "its zone table and its zoned header extension contradict each other; `zbdkit check -r all` makes them \
+                 agree",
+            )
+        };
+        // Before anything is read by a number that only the table says.
+        if ours.area.1 != table_size(self.zones.nr_zones) {
+            return Err(contradiction());
+        }
         let loaded = Table::load(file.clone(), ours.area.0, ours.area.1).await;
         let loaded = loaded.map_err(|e| place.table_error(e))?;
         let header = loaded.table.header();
@@ -109,14 +127,10 @@ impl Described {
             && header.zone_capacity.get() == zones.zone_capacity
             && header.nr_conventional.get() == zones.conventional
             && zones.draft == Draft::C;
-        if !agrees {
-            return Err(OpenError::data(
-                path,
-                "its zone table and its zoned header extension contradict each other; `zbdkit check -r all` makes them \
-                 agree",
-            ));
+        match agrees {
+            true => Ok(loaded),
+            false => Err(contradiction()),
         }
-        Ok(loaded)
     }
 }
 
@@ -318,7 +332,7 @@ async fn upgrade(
     let zones = Zones::of(&known.geometry, made.bare.0);
     let switched = image
         .update_header(|header| {
-            extension::put(header, &zones, &ours, false);
+            ours::put(header, &zones, &ours, false);
             Ok(())
         })
         .await;

@@ -25,6 +25,8 @@ pub struct CompareOptions {
 pub struct Compared {
     /// One image is larger; what it has more is zeros where they are the same nevertheless.
     pub sizes_differ: bool,
+    /// Up to the end of the smaller image they are the same, as far as was looked.
+    pub same_so_far: bool,
     /// The first thing that differs.
     pub difference: Option<Difference>,
 }
@@ -77,10 +79,16 @@ pub async fn compare(
     options: &CompareOptions,
     progress: Progress<'_>,
 ) -> Result<Compared, ToolError> {
-    let sizes_differ = a.limits().size != b.limits().size;
+    let (a_size, b_size) = (a.limits().size, b.limits().size);
+    let sizes_differ = a_size != b_size;
     let found = |difference| {
         Ok(Compared {
             sizes_differ,
+            same_so_far: match &difference {
+                None => true,
+                Some(Difference::Content { offset }) => *offset >= a_size.min(b_size),
+                Some(_) => false,
+            },
             difference,
         })
     };

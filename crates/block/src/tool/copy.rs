@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use zbdkit_io::IoBuf;
 use zbdkit_qcow2::Qcow2;
+use zbdkit_zone::ZoneType;
 
 use super::bytes::{data_runs, differing_clusters, first_difference, is_zero};
 use super::work::{Turns, Worker, all};
@@ -214,6 +215,9 @@ impl<'a> Copy<'a> {
         if self.options.sparse == 0 {
             return Ok((len, Piece::Bytes));
         }
+        if let Some(len) = self.hidden(at, len) {
+            return Ok((len, Piece::Nothing));
+        }
         let extent = self.source.map(at, len).await;
         let extent = extent.map_err(ToolError::request("looking at the source", at))?;
         let inherited = extent.depth > 0 || !extent.present;
@@ -229,6 +233,26 @@ impl<'a> Copy<'a> {
                 (below.len, piece)
             }
         })
+    }
+
+    /// How much of a range nobody will see in an overlay: what lies above the written ends of zones that are written in
+    /// order. In a new image there is nothing, and one that is overwritten gives the space back.
+    fn hidden(&self, at: u64, len: u64) -> Option<u64> {
+        let TargetHolds::Backing { .. } = self.options.target else {
+            return None;
+        };
+        let end = self.written_end(at)?;
+        let geometry = self.source.engine()?.geometry();
+        (at >= end).then(|| len.min(geometry.end(geometry.zone_of(at)) - at))
+    }
+
+    /// Where data ends in the zone that holds this byte, if it is one that is written in order.
+    fn written_end(&self, at: u64) -> Option<u64> {
+        let engine = self.source.engine()?;
+        let geometry = engine.geometry();
+        let zone = geometry.zone_of(at);
+        let ordered = geometry.zone_type(zone) == ZoneType::SequentialRequired;
+        ordered.then(|| geometry.start(zone) + engine.record(zone).written)
     }
 
     /// Reads a piece of the source and finds what of it must be written.
@@ -339,9 +363,16 @@ impl<'a> Copy<'a> {
         let TargetHolds::Backing { .. } = self.options.target else {
             return Ok(!is_zero(cluster));
         };
-        let old = IoBuf::alloc(cluster.len());
+        let len = cluster.len() as u64;
+        let seen = self
+            .written_end(at)
+            .map_or(len, |end| end.saturating_sub(at).min(len)) as usize;
+        if seen == 0 {
+            return Ok(false);
+        }
+        let (old, new) = (IoBuf::alloc(seen), cluster.slice(0..seen));
         Contents::of(self.target).fill(&old, at).await?;
-        Ok(first_difference(cluster, &old).is_some())
+        Ok(first_difference(&new, &old).is_some())
     }
 
     /// Makes the changes of a piece when it is its turn. `false` where the work was stopped before.

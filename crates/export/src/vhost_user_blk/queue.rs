@@ -99,6 +99,7 @@ pub(super) async fn serve(service: Service, setup: RingSetup) -> u16 {
     })
     .await;
     drop(registration);
+    queue.lane.quiet().await;
     queue.next_avail()
 }
 

@@ -1,0 +1,189 @@
+//! Operations on whole zones: reset, finish and what the operator sets. A zone is closed to everybody else, drained,
+//! made durable as it will be, and only then is.
+
+use std::future::poll_fn;
+use std::task::Poll;
+
+use zbdkit_zone::{ExclusiveOp, ExclusivePermit, ZoneError, ZoneNo, ZoneRecord, ZoneType};
+
+use super::commit::Committer;
+use super::{Durability, ZonedNode};
+use crate::error::Error;
+use crate::node::{Lane, ZoneOp};
+
+impl ZonedNode {
+    /// Closes the zone to everybody else and waits until nobody is left in it.
+    async fn begin(&self, zone: ZoneNo, op: ExclusiveOp) -> Result<Option<ExclusivePermit>, Error> {
+        self.admit(|| self.engine.begin(zone, op)).await
+    }
+
+    async fn drain(&self, permit: &ExclusivePermit) {
+        poll_fn(|cx| {
+            if self.engine.drained(permit) {
+                return Poll::Ready(());
+            }
+            self.waiters.wait_zone(permit.zone(), cx.waker());
+            if self.engine.drained(permit) {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
+    /// Reset, finish and what the operator sets: durable, then done.
+    async fn exclusive(&self, zone: ZoneNo, op: ExclusiveOp) -> Result<(), Error> {
+        self.check_epoch()?;
+        let Some(permit) = self.begin(zone, op).await? else {
+            // A zone that its writes have filled is full only in so far as they are durable.
+            return match &self.durability {
+                Durability::Table { committer, .. } if op == ExclusiveOp::Finish => {
+                    committer.flush(&[], &self.image()).await
+                }
+                _ => Ok(()),
+            };
+        };
+        self.drain(&permit).await;
+        self.finish_exclusive(vec![permit], op).await
+    }
+
+    /// The rest of an operation on drained zones.
+    async fn finish_exclusive(&self, permits: Vec<ExclusivePermit>, op: ExclusiveOp) -> Result<(), Error> {
+        let records: Vec<(ZoneNo, ZoneRecord)> = permits
+            .iter()
+            .map(|permit| (permit.zone(), self.engine.record_after(permit)))
+            .collect();
+        let result = self.make_durable(&records, op).await;
+        for permit in permits {
+            match result {
+                Ok(()) => self.engine.commit(permit, &self.waiters),
+                Err(_) => self.engine.abort(permit, &self.waiters),
+            }
+        }
+        result
+    }
+
+    async fn make_durable(&self, records: &[(ZoneNo, ZoneRecord)], op: ExclusiveOp) -> Result<(), Error> {
+        match (&self.durability, op) {
+            (Durability::ReadOnly, _) => return Err(Error::ReadOnly),
+            // The table alone decides: a word of the run state counts only while its generation is the table's, so
+            // a crash finds the zone either as it was or reset and counted.
+            (Durability::Table { committer, .. }, ExclusiveOp::Reset) => {
+                committer.record(records, &self.image()).await?;
+                self.set_run_state(committer, records)?;
+            }
+            // Here the data comes first: the record must not cover bytes that a power cut could still lose. The
+            // written end stays, so the run state knows it.
+            (Durability::Table { committer, .. }, _) => committer.flush(records, &self.image()).await?,
+            (Durability::Volatile, _) => {}
+        }
+        if op == ExclusiveOp::Reset
+            && let Err(error) = self.free(records).await
+        {
+            // The table says empty, the engine will not: neither may be believed further.
+            if let Durability::Table { committer, .. } = &self.durability {
+                committer.fail(error.errno(), &self.waiters);
+            }
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    pub(super) fn set_run_state(
+        &self,
+        committer: &Committer,
+        records: &[(ZoneNo, ZoneRecord)],
+    ) -> Result<(), Error> {
+        for (zone, record) in records {
+            if let Err(errno) = self.waiters.run_state.set(*zone, record) {
+                committer.fail(errno, &self.waiters);
+                return Err(Error::Io {
+                    op: "writing the run state",
+                    errno,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the space of reset zones back, before they take writes again. Reads do not need it, since nothing
+    /// above the written end is read from below; only a sequential-preferred zone, whose writes may leave holes
+    /// when they fail, must really be zeros.
+    async fn free(&self, records: &[(ZoneNo, ZoneRecord)]) -> Result<(), Error> {
+        let geometry = self.engine.geometry();
+        let lane = Lane::new(None, 0);
+        let mut zones = records.iter().map(|(zone, _)| *zone).peekable();
+        while let Some(first) = zones.next() {
+            let mut last = first;
+            while let Some(next) = zones.next_if(|next| next.0 == last.0 + 1) {
+                last = next;
+            }
+            let range = geometry.start(first)..geometry.end(last);
+            if geometry.zone_type(first) == ZoneType::SequentialPreferred {
+                let len = range.end - range.start;
+                self.child.write_zeroes(&lane, range.start, len, true).await?;
+            } else if let Err(error) = self.child.release(range).await {
+                tracing::warn!("the space of zone {first} could not be given back: {error}");
+            }
+        }
+        Ok(())
+    }
+
+    fn zone_at(&self, zone_start: u64) -> Result<ZoneNo, Error> {
+        Ok(self.engine.geometry().zone_at(zone_start)?)
+    }
+
+    pub(super) async fn manage(&self, op: ZoneOp, zone_start: u64) -> Result<(), Error> {
+        let zone = self.zone_at(zone_start)?;
+        match op {
+            ZoneOp::Open => {
+                self.check_epoch()?;
+                self.admit(|| self.engine.open(zone)).await
+            }
+            ZoneOp::Close(empty) => {
+                self.check_epoch()?;
+                self.admit(|| self.engine.close(zone, empty)).await
+            }
+            ZoneOp::Finish => self.exclusive(zone, ExclusiveOp::Finish).await,
+            ZoneOp::Reset => self.exclusive(zone, ExclusiveOp::Reset).await,
+            ZoneOp::SetReadOnly => self.exclusive(zone, ExclusiveOp::SetReadOnly).await,
+            ZoneOp::SetOffline => self.exclusive(zone, ExclusiveOp::SetOffline).await,
+            ZoneOp::SetNormal => self.exclusive(zone, ExclusiveOp::SetNormal).await,
+        }
+    }
+
+    /// One operation: all zones are closed in ascending order (so that two of these cannot block each other),
+    /// then drained, then made durable by one write of the table.
+    pub(super) async fn reset_every_zone(&self) -> Result<(), Error> {
+        self.check_epoch()?;
+        let mut permits = Vec::new();
+        let mut failed = None;
+        for zone in self
+            .engine
+            .geometry()
+            .zones()
+            .skip(self.engine.geometry().nr_conventional() as usize)
+        {
+            match self.begin(zone, ExclusiveOp::Reset).await {
+                Ok(permit) => permits.extend(permit),
+                // Not to be reset: passed over.
+                Err(Error::Zone(ZoneError::ReadOnly { .. } | ZoneError::Offline { .. })) => {}
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
+        }
+        for permit in &permits {
+            self.drain(permit).await;
+        }
+        if let Some(error) = failed {
+            permits
+                .into_iter()
+                .for_each(|permit| self.engine.abort(permit, &self.waiters));
+            return Err(error);
+        }
+        self.finish_exclusive(permits, ExclusiveOp::Reset).await
+    }
+}
