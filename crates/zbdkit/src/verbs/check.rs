@@ -39,7 +39,7 @@ pub struct Check {
     #[arg(long)]
     pub json: bool,
 
-    /// Show the progress in percents on stdout
+    /// Show the progress in percents on stdout, as qemu-img -p does; a terminal gets a bar without it
     #[arg(short, long)]
     pub progress: bool,
 
@@ -98,7 +98,7 @@ pub fn run(args: &Check) -> anyhow::Result<ExitCode> {
     };
     tell(outcome.report.iter().flat_map(|report| &report.messages));
     tell(outcome.zones.iter().flat_map(|zones| &zones.messages));
-    let json = args.json || args.output == OutputArg::Json;
+    let json = args.as_json();
     let mut out = Out::new();
     let (leaks, corruptions) = fixed(&outcome);
     if leaks + corruptions > 0 {
@@ -125,10 +125,18 @@ pub fn run(args: &Check) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(status(&check)))
 }
 
+impl Check {
+    fn as_json(&self) -> bool {
+        self.json || self.output == OutputArg::Json
+    }
+}
+
 /// Checks the image, and repairs it if that was asked for; `None` for a format that has nothing to check.
 fn look(graph: &Graph, args: &Check, repair: Repair) -> anyhow::Result<Option<CheckOutcome>> {
     let session = Session::new()?;
-    let mut progress = Progress::new(Show::of(args.progress, args.quiet), "checking");
+    // Percents would spoil JSON.
+    let percent = args.progress && !args.as_json();
+    let mut progress = Progress::new(Show::of(percent, args.quiet), "checking");
     let mut show = |done, total| progress.set(done, total);
     let options = looking(args.force_share);
     match session.run(zbdkit_block::check(

@@ -141,11 +141,6 @@ async fn contents(
     b: &Device,
     progress: &RefCell<Progress>,
 ) -> anyhow::Result<Compared> {
-    if !args.quiet && !args.json && !args.strict && a.limits().size != b.limits().size {
-        let mut out = Out::new();
-        out.line("Warning: Image size mismatch!")?;
-        out.flush()?;
-    }
     let options = CompareOptions {
         strict: args.strict,
         zones: !args.no_zones,
@@ -163,6 +158,10 @@ fn print(args: &Compare, compared: &Compared) -> anyhow::Result<()> {
             difference: compared.difference.as_ref().map(reported),
         })?;
     } else if !args.quiet {
+        // As qemu-img, which finds out when it has come to the end of the smaller one.
+        if compared.sizes_differ && compared.same_so_far {
+            out.line("Warning: Image size mismatch!")?;
+        }
         out.line(sentence(compared.difference.as_ref()))?;
     }
     out.flush()

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 
+use crate::qemu_img::{qemu_img, qemu_io};
 use crate::support::{Bench, Run};
 
 fn plain(bench: &Bench, name: &str, len: u64, data: &[u64]) {
@@ -104,4 +105,66 @@ fn zones_count_unless_told_otherwise() {
         "{strict:?}"
     );
     assert_eq!(strict.status, Some(1));
+}
+
+#[test]
+fn qemu_img_says_the_same() {
+    let bench = Bench::new();
+    if qemu_img(&bench, &["create", "-q", "-f", "qcow2", "a.qcow2", "8M"]).is_none() {
+        return;
+    }
+    qemu_io(
+        &bench,
+        "a.qcow2",
+        &[
+            "write -q -P 1 1M 100k",
+            "write -q -P 0 2M 64k",
+            "write -q -z 3M 64k",
+        ],
+    )
+    .unwrap()
+    .ok();
+    for (name, size, commands) in [
+        ("same.qcow2", "8M", &["write -q -P 1 1M 100k"][..]),
+        (
+            "zero.qcow2",
+            "8M",
+            &["write -q -P 1 1M 100k", "write -q -P 0 5M 64k"],
+        ),
+        (
+            "other.qcow2",
+            "8M",
+            &["write -q -P 1 1M 100k", "write -q -P 1 7000000 1"],
+        ),
+        ("less.qcow2", "8M", &["write -q -P 1 1M 99k"]),
+        ("large.qcow2", "9M", &["write -q -P 1 1M 100k"]),
+        (
+            "more.qcow2",
+            "9M",
+            &["write -q -P 1 1M 100k", "write -q -P 1 8800000 3"],
+        ),
+    ] {
+        qemu_img(&bench, &["create", "-q", "-f", "qcow2", name, size])
+            .unwrap()
+            .ok();
+        qemu_io(&bench, name, commands).unwrap().ok();
+    }
+    let images = [
+        "a.qcow2",
+        "same.qcow2",
+        "zero.qcow2",
+        "other.qcow2",
+        "less.qcow2",
+        "large.qcow2",
+        "more.qcow2",
+    ];
+    for strict in [&[][..], &["-s"]] {
+        for a in images {
+            for b in images {
+                let args = [&["compare"], strict, &[a, b]].concat();
+                let (ours, theirs) = (bench.run(&args), qemu_img(&bench, &args).unwrap());
+                assert_eq!((ours.status, ours.out), (theirs.status, theirs.out), "{args:?}");
+            }
+        }
+    }
 }

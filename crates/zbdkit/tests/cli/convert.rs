@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
+use crate::qemu_img::{qemu_img, qemu_io};
 use crate::support::Bench;
 
 const ZONES: [&str; 8] = [
@@ -301,4 +302,220 @@ fn a_failed_copy_leaves_nothing() {
         run.fails(2, message);
     }
     assert!(!bench.path("copy.raw").exists());
+}
+
+#[test]
+fn compressed_copies_are_smaller_and_the_same() {
+    let bench = Bench::new();
+    used(&bench, "disk.raw");
+    bench.run(&["convert", "disk.raw", "plain.qcow2"]).ok();
+    let blocks = |name: &str| fs::metadata(bench.path(name)).unwrap().blocks();
+    for (options, name) in [
+        (&["-c"][..], "zlib.qcow2"),
+        (
+            &["-c", "-o", "compression_type=zstd,cluster_size=2M"],
+            "zstd.qcow2",
+        ),
+        (&["-c", "-W", "-m", "16", "-o", "cluster_size=4k"], "small.qcow2"),
+        (&["-c", "-o", "extended_l2=on"], "extended.qcow2"),
+    ] {
+        bench
+            .run(&[&["convert"], options, &["disk.raw", name]].concat())
+            .ok();
+        assert_eq!(
+            bench.run(&["compare", "disk.raw", name]).status,
+            Some(0),
+            "{name}"
+        );
+        assert_eq!(bench.run(&["check", name]).status, Some(0), "{name}");
+        assert!(blocks(name) * 4 < blocks("plain.qcow2"), "{name}");
+    }
+    // Zones go on from the middle of a compressed cluster.
+    bench
+        .run(&[
+            "io",
+            "zlib.qcow2",
+            "-c",
+            "write -q -P 4 4M 4k",
+            "-c",
+            "read -q -P 1 0 4M",
+        ])
+        .ok();
+    assert_eq!(bench.run(&["check", "zlib.qcow2"]).status, Some(0));
+    bench
+        .run(&["convert", "-n", "-c", "disk.raw", "zlib.qcow2"])
+        .fails(2, "-c writes new images only");
+}
+
+#[test]
+fn an_overlay_holds_only_what_differs() {
+    let bench = Bench::new();
+    used(&bench, "disk.raw");
+    bench.run(&["convert", "disk.raw", "base.qcow2"]).ok();
+    bench.run(&["convert", "base.qcow2", "new.qcow2"]).ok();
+    bench
+        .run(&[
+            "io",
+            "new.qcow2",
+            "-c",
+            "write -q -P 7 4M 64k",
+            "-c",
+            "zrs 16M 8M",
+            "-c",
+            "write -q -P 2 16M 8k",
+        ])
+        .ok();
+    bench
+        .run(&[
+            "convert",
+            "-b",
+            "base.qcow2",
+            "-F",
+            "qcow2",
+            "new.qcow2",
+            "top.qcow2",
+        ])
+        .ok();
+    assert_eq!(bench.run(&["compare", "new.qcow2", "top.qcow2"]).status, Some(0));
+    let map = bench.run(&["map", "top.qcow2"]).ok();
+    let own: Vec<_> = map.lines().filter(|line| line.ends_with("top.qcow2")).collect();
+    assert_eq!(own.len(), 1, "{map}");
+    assert!(own[0].starts_with("0x400000        0x10000 "), "{map}");
+    // From an overlay of the same base nothing but its own is looked at.
+    bench
+        .run(&[
+            "convert",
+            "-b",
+            "base.qcow2",
+            "-F",
+            "qcow2",
+            "top.qcow2",
+            "again.qcow2",
+        ])
+        .ok();
+    assert_eq!(
+        bench.run(&["compare", "new.qcow2", "again.qcow2"]).status,
+        Some(0)
+    );
+    for (args, message) in [
+        (&["-b", "base.qcow2"][..], "which format has the backing image"),
+        (
+            &["-b", "base.qcow2", "-F", "qcow2", "-o", "zone.size=8M"],
+            "leave out zone.size",
+        ),
+    ] {
+        bench
+            .run(&[&["convert"], args, &["new.qcow2", "no.qcow2"]].concat())
+            .fails(2, message);
+    }
+    bench
+        .run(&["convert", "-o", "zone.mode=none", "disk.raw", "flat.img"])
+        .ok();
+    bench
+        .run(&["convert", "-b", "flat.img", "-F", "raw", "new.qcow2", "no.qcow2"])
+        .fails(2, "the backing image has none");
+    bench
+        .run(&[
+            "convert",
+            "-f",
+            "raw",
+            "-b",
+            "base.qcow2",
+            "-F",
+            "qcow2",
+            "flat.img",
+            "no.qcow2",
+        ])
+        .fails(2, "but the source has none");
+    assert!(!bench.path("no.qcow2").exists());
+}
+
+#[test]
+fn a_snapshot_is_copied_with_the_zones_that_it_has() {
+    let bench = Bench::new();
+    used(&bench, "disk.raw");
+    bench.run(&["convert", "disk.raw", "disk.qcow2"]).ok();
+    bench.run(&["snapshot", "-c", "before", "disk.qcow2"]).ok();
+    bench
+        .run(&["io", "disk.qcow2", "-c", "zrs 0 8M", "-c", "write -q -P 9 8M 4k"])
+        .ok();
+    for name in ["before", "1"] {
+        bench.run(&["convert", "-l", name, "disk.qcow2", "copy.raw"]).ok();
+        assert_eq!(
+            bench.run(&["compare", "disk.raw", "copy.raw"]).status,
+            Some(0),
+            "{name}"
+        );
+    }
+    bench
+        .run(&["convert", "-l", "never", "disk.qcow2", "copy.raw"])
+        .fails(1, "never");
+    assert_eq!(bench.run(&["compare", "disk.raw", "copy.raw"]).status, Some(0));
+}
+
+#[test]
+fn qemu_reads_what_was_converted_and_the_other_way_round() {
+    let bench = Bench::new();
+    fs::File::create(bench.path("disk.img"))
+        .unwrap()
+        .set_len((9 << 20) + 512)
+        .unwrap();
+    let Some(_) = qemu_io(&bench, "disk.img", &["write -q -P 1 0 70000"]) else {
+        return;
+    };
+    let disk = fs::File::options()
+        .write(true)
+        .open(bench.path("disk.img"))
+        .unwrap();
+    for at in [0, 65_000, (3 << 20) - 512, (5 << 20) + 100, 9 << 20] {
+        disk.write_all_at(&[0x5a; 400], at).unwrap();
+    }
+    for options in [
+        "",
+        "cluster_size=512",
+        "cluster_size=2M,compression_type=zstd",
+        "extended_l2=on",
+        "compat=0.10",
+        "refcount_bits=1",
+        "refcount_bits=64",
+    ] {
+        for compress in [false, true] {
+            let mut args = vec!["-f", "raw", "-O", "qcow2"];
+            args.extend(["-o", options].iter().filter(|_| !options.is_empty()));
+            args.extend(["-c"].iter().filter(|_| compress));
+            bench
+                .run(&[&["convert"], &args[..], &["disk.img", "ours.qcow2"]].concat())
+                .ok();
+            qemu_img(
+                &bench,
+                &[&["convert"], &args[..], &["disk.img", "theirs.qcow2"]].concat(),
+            )
+            .unwrap()
+            .ok();
+            let what = format!("{args:?}");
+            qemu_img(&bench, &["check", "ours.qcow2"]).unwrap().ok();
+            for image in ["ours.qcow2", "theirs.qcow2"] {
+                let same = ["compare", "-f", "raw", "-F", "qcow2", "disk.img", image];
+                assert_eq!(
+                    qemu_img(&bench, &same).unwrap().ok(),
+                    "Images are identical.\n",
+                    "{what}"
+                );
+                assert_eq!(bench.run(&same).ok(), "Images are identical.\n", "{what}");
+            }
+            bench
+                .run(&["convert", "-O", "raw", "theirs.qcow2", "back.img"])
+                .ok();
+            assert!(
+                fs::read(bench.path("disk.img")).unwrap() == fs::read(bench.path("back.img")).unwrap(),
+                "{what}"
+            );
+            let (ours, theirs) = (bench.path("ours.qcow2"), bench.path("theirs.qcow2"));
+            let len = |path: &std::path::Path| fs::metadata(path).unwrap().len();
+            assert!(
+                len(&ours) <= len(&theirs) + (len(&theirs) / 8).max(4 << 20),
+                "{what}: larger than QEMU's"
+            );
+        }
+    }
 }

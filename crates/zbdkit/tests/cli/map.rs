@@ -1,5 +1,8 @@
 //! `map`: the table and the JSON of qemu-img.
 
+use std::fs;
+
+use crate::qemu_img::{qemu_img, qemu_io};
 use crate::support::Bench;
 
 #[test]
@@ -44,4 +47,67 @@ fn an_empty_range_is_an_entry_of_no_length() {
     }
     bench.run(&["map", "nothing"]).fails(1, "nothing");
     assert_eq!(bench.run(&["map", "--output", "xml", "disk.raw"]).status, Some(2));
+}
+
+#[test]
+fn chains_are_shown_as_qemu_img_shows_them() {
+    let bench = Bench::new();
+    fs::create_dir(bench.path("sub")).unwrap();
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=512",
+        "cluster_size=2M",
+        "compat=0.10",
+    ] {
+        if qemu_img(
+            &bench,
+            &["create", "-q", "-f", "qcow2", "-o", options, "base.qcow2", "8M"],
+        )
+        .is_none()
+        {
+            return;
+        }
+        let writes = [
+            "write -q -P 1 0 1M",
+            "write -q -P 2 4M 128k",
+            "write -q -z 5M 64k",
+        ];
+        qemu_io(&bench, "base.qcow2", &writes).unwrap().ok();
+        let create = [
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            "../base.qcow2",
+            "-F",
+            "qcow2",
+            "sub/top.qcow2",
+            "10M",
+        ];
+        qemu_img(&bench, &create).unwrap().ok();
+        let writes = [
+            "write -q -P 3 512k 64k",
+            "write -q -P 3 9M 64k",
+            "write -q -z 4M 64k",
+        ];
+        qemu_io(&bench, "sub/top.qcow2", &writes).unwrap().ok();
+        let convert = ["convert", "-c", "-O", "qcow2", "sub/top.qcow2", "packed.qcow2"];
+        qemu_img(&bench, &convert).unwrap().ok();
+        for image in ["base.qcow2", "sub/top.qcow2", "packed.qcow2"] {
+            for more in [
+                &["--output", "human"][..],
+                &["--output", "json"],
+                &["--output", "json", "-s", "100k", "-l", "5000000"],
+            ] {
+                let args = [&["map"], more, &[image]].concat();
+                let (ours, theirs) = (bench.run(&args), qemu_img(&bench, &args).unwrap());
+                assert_eq!(
+                    (ours.status, ours.out),
+                    (theirs.status, theirs.out),
+                    "{options} {args:?}"
+                );
+            }
+        }
+    }
 }

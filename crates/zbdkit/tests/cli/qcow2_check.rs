@@ -155,6 +155,106 @@ fn zones_are_checked_too_and_their_table_is_no_leak() {
     );
 }
 
+/// Where the area with the zone table lies, from the header extension that names it.
+fn area(bench: &Bench, image: &str) -> u64 {
+    let bytes = std::fs::read(bench.path(image)).unwrap();
+    let word = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap());
+    let mut at = word(100) as usize;
+    while word(at) != 0x7a62_646b {
+        assert_ne!(word(at), 0, "there is no such extension");
+        at += 8 + word(at + 4).next_multiple_of(8) as usize;
+    }
+    u64::from_be_bytes(bytes[at + 16..at + 24].try_into().unwrap())
+}
+
+#[test]
+fn a_damaged_zone_table_in_an_image_is_told_and_repaired() {
+    let bench = Bench::new();
+    bench
+        .run(&["create", "-q", "x.qcow2", "768M", "--zone-size", "64M"])
+        .ok();
+    bench.run(&["finish", "-q", "x.qcow2", "--zone", "3"]).ok();
+    bench.run(&["io", "x.qcow2", "-c", "write -q -P 7 64M 64k"]).ok();
+    let report = || bench.run(&["report", "x.qcow2"]);
+    let before = report().ok();
+    let file = OpenOptions::new()
+        .write(true)
+        .open(bench.path("x.qcow2"))
+        .unwrap();
+    let area = area(&bench, "x.qcow2");
+    let damage = |block: u64| file.write_all_at(&[0x55; 64], area + block * 4096 + 100).unwrap();
+    // The header's older copy, then both of the table's first block.
+    for (blocks, message) in [(&[1][..], "header"), (&[2, 3], "zone")] {
+        blocks.iter().copied().for_each(damage);
+        let found = bench.run(&["check", "x.qcow2"]);
+        assert_eq!(found.status, Some(2), "{found:?}");
+        assert!(
+            found.err.contains("ERROR ") && found.err.contains(message),
+            "{found:?}"
+        );
+        assert!(found.out.contains("errors were found on the image."), "{found:?}");
+        let json = bench.run(&["check", "--json", "x.qcow2"]);
+        let json: Value = serde_json::from_str(&json.out).unwrap();
+        assert!(json["zones"]["errors"].as_u64() > Some(0), "{json}");
+        assert_eq!(json["corruptions"], json["zones"]["errors"], "{json}");
+        // Leaks are not what is wrong.
+        assert_eq!(bench.run(&["check", "-r", "leaks", "x.qcow2"]).status, Some(2));
+
+        let repaired = bench.run(&["check", "-r", "all", "x.qcow2"]);
+        assert_eq!(repaired.status, Some(0), "{repaired:?}");
+        assert!(
+            repaired.out.starts_with(
+                "The following inconsistencies were found and repaired:\n\n    0 leaked clusters\n"
+            ),
+            "{repaired:?}"
+        );
+        assert_eq!(bench.run(&["check", "x.qcow2"]).err, "");
+    }
+    // Where data ends is known; that a zone was finished is not, unless the bare table tells.
+    let after = report().ok();
+    assert_eq!(after.lines().nth(1), before.lines().nth(1));
+    bench.run(&["io", "x.qcow2", "-c", "read -q -P 7 64M 64k"]).ok();
+}
+
+#[test]
+fn an_image_in_use_is_left_alone() {
+    let bench = Bench::new();
+    bench
+        .run(&["create", "-q", "x.qcow2", "768M", "--zone-size", "64M"])
+        .ok();
+    let mut user = bench.interactive("x.qcow2");
+    user.command("write 0 4k");
+    let holder = format!("zbdkit (process {})", user.child.id());
+    let denied = [
+        &["check", "x.qcow2"][..],
+        &["check", "-r", "all", "x.qcow2"],
+        &["snapshot", "-l", "x.qcow2"],
+        &["snapshot", "-c", "x", "x.qcow2"],
+        &["resize", "x.qcow2", "1G"],
+        &["info", "x.qcow2"],
+        &["create", "--force", "x.qcow2", "1G"],
+    ];
+    let (shared, holder) = (&bench, &holder);
+    // All at once, since each waits some seconds for the image.
+    std::thread::scope(|scope| {
+        for args in denied {
+            scope.spawn(move || {
+                let run = shared.run(args);
+                run.fails(1, "another process is using the image");
+                assert!(run.err.contains(holder), "{args:?}: {run:?}");
+            });
+        }
+    });
+    bench.run(&["info", "-U", "x.qcow2"]).ok();
+    bench.run(&["snapshot", "-l", "-U", "x.qcow2"]).ok();
+    // What is under way may look like a leak.
+    let check = bench.run(&["check", "-U", "x.qcow2"]);
+    assert!(matches!(check.status, Some(0 | 3)), "{check:?}");
+    user.command("write 4k 4k");
+    assert_eq!(user.finish(), Some(0));
+    bench.run(&["check", "-q", "x.qcow2"]).ok();
+}
+
 #[test]
 fn the_zone_table_of_a_raw_image_is_checked() {
     let bench = Bench::with_demo();

@@ -366,7 +366,9 @@ fn options_are_listed_in_the_shape_of_qemu_img() {
     let bench = Bench::new();
     let ours = bench.run(&["create", "-f", "qcow2", "-o", "help"]).ok();
     assert_eq!(bench.run(&["create", "-o", "size=1G,?", "x.qcow2"]).ok(), ours);
-    bench.run(&["create", "-o", "size=1G"]).fails(2, "which file is to be made?");
+    bench
+        .run(&["create", "-o", "size=1G"])
+        .fails(2, "which file is to be made?");
     let names = |text: &str| -> Vec<String> {
         let lines = text.lines().filter(|line| line.starts_with("  "));
         lines

@@ -91,7 +91,7 @@ pub struct Create {
     pub backing_format: Option<String>,
 
     /// Do not look at the backing image: its name is only noted, SIZE must be given
-    #[arg(short = 'u', long, requires = "backing")]
+    #[arg(short = 'u', long)]
     pub backing_unsafe: bool,
 
     /// Print nothing
