@@ -16,7 +16,7 @@ use std::task::Poll;
 use std::time::SystemTime;
 
 use support::crash::{Bytes, Disk};
-use support::power::{Below, Contents, open, take_apart};
+use support::power::{Below, Contents, open_with, take_both_apart};
 use support::{Rng, block_on};
 use zbdkit_io::IoBuf;
 use zbdkit_qcow2::{Backing, Error, Layout, Qcow2, create};
@@ -95,6 +95,8 @@ struct Run {
     seed: u64,
     backing: Option<Arc<dyn Backing>>,
     disk: Disk,
+    /// The data's own file.
+    data: Option<Disk>,
     /// What each sector holds, as far as all requests are done.
     tags: Vec<Tag>,
     next: Tag,
@@ -147,22 +149,25 @@ impl Run {
             }
         };
         let disk = Disk::new();
-        block_on(create(&disk.file(), None, &layout)).unwrap();
+        let data = layout.data_file.is_some().then(|| disk.beside(Bytes::default()));
+        let data_file = data.as_ref().map(Disk::file);
+        block_on(create(&disk.file(), data_file.as_ref(), &layout)).unwrap();
         let mut run = Run {
             layout,
             seed,
             tags: (0..sectors).map(first).collect(),
             backing,
             disk,
+            data,
             next: 1,
             hot: 0,
             log: RefCell::default(),
             rng: Rng(seed),
         };
         run.go(4);
-        if run.rng.one_in(2) {
+        if run.rng.one_in(2) && run.data.is_none() {
             block_on(async {
-                let image = open(&run.disk, run.backing.clone()).await.unwrap();
+                let image = run.open().await;
                 let made = image
                     .snapshot_create("s", SystemTime::UNIX_EPOCH, |_, _| Ok(()))
                     .await;
@@ -171,9 +176,17 @@ impl Run {
             });
             run.go(1);
         }
+        let data = run.data.map(|data| data.now());
         run.disk = Disk::of(run.disk.now());
+        run.data = data.map(|data| run.disk.beside(data));
         run.log = RefCell::default();
         run
+    }
+
+    async fn open(&self) -> Qcow2 {
+        open_with(&self.disk, self.data.as_ref(), self.backing.clone())
+            .await
+            .unwrap()
     }
 
     /// Opens the image, has some batches of requests carried out, and closes it.
@@ -181,8 +194,9 @@ impl Run {
         let disk = self.disk.clone();
         let seed = self.rng.word();
         block_on(async {
-            let image = open(&disk, self.backing.clone()).await.unwrap();
+            let image = self.open().await;
             disk.delay(seed);
+            self.data.iter().for_each(|data| data.delay(seed ^ 1));
             for _ in 0..batches {
                 self.batch(&image).await;
             }
@@ -244,7 +258,9 @@ impl Run {
                 Request::MapAhead
             }
             // Narrow refcounts leave no room for a snapshot of compressed clusters that share one of the file's.
-            6 if !whole.is_empty() && self.layout.refcount_bits > 4 => Request::Compressed,
+            6 if !whole.is_empty() && self.layout.refcount_bits > 4 && self.data.is_none() => {
+                Request::Compressed
+            }
             _ => Request::Write,
         };
         // Version 2 cannot say that a cluster hides the backing image.
@@ -299,7 +315,8 @@ impl Run {
     /// Ends the run at some of its moments, and judges what is left.
     fn cut(&mut self, cuts: u64) -> u64 {
         let first = self.tags.clone();
-        let before = block_on(take_apart(self.disk.now(), self.backing.clone()))
+        let before = self
+            .take_apart(self.disk.now(), self.data.as_ref().map(Disk::now))
             .unwrap_or_else(|why| panic!("{:?}, seed {}: {why}", self.layout, self.seed));
         self.go(6);
         let last = self.disk.moment();
@@ -307,11 +324,13 @@ impl Run {
         for cut in 0..cuts {
             let moment = self.disk.some_moment(&mut self.rng);
             let end = if cut % 4 == 0 { End::Kill } else { End::Power };
-            let left = match end {
-                End::Kill => self.disk.kill(moment),
-                End::Power => self.disk.power_cut(moment, &mut self.rng),
+            let left = |disk: &Disk, rng: &mut Rng| match end {
+                End::Kill => disk.kill(moment),
+                End::Power => disk.power_cut(moment, rng),
             };
-            if let Err(why) = self.judge(left, &first, &before, end, moment) {
+            let image = left(&self.disk, &mut self.rng);
+            let data = self.data.as_ref().map(|data| left(data, &mut self.rng));
+            if let Err(why) = self.judge((image, data), &first, &before, end, moment) {
                 panic!(
                     "{:?}, seed {}, {end:?} at moment {moment} of {last}: {why}",
                     self.layout, self.seed
@@ -322,15 +341,19 @@ impl Run {
         states
     }
 
+    fn take_apart(&self, image: Bytes, data: Option<Bytes>) -> Result<Contents, String> {
+        block_on(take_both_apart(image, data, self.backing.clone()))
+    }
+
     fn judge(
         &self,
-        left: Bytes,
+        (image, data): (Bytes, Option<Bytes>),
         first: &[Tag],
         before: &Contents,
         end: End,
         moment: usize,
     ) -> Result<(), String> {
-        let found = block_on(take_apart(left, self.backing.clone()))?;
+        let found = self.take_apart(image, data)?;
         if found.snapshots != before.snapshots {
             return Err("a snapshot is not what it was".into());
         }
@@ -373,6 +396,15 @@ fn layouts() -> Vec<Layout> {
             ..backed(layout(1024, 100 << 10, 16))
         },
         Layout {
+            data_file: Some("data".into()),
+            ..backed(layout(4096, 200 << 10, 16))
+        },
+        Layout {
+            data_file: Some("data".into()),
+            data_file_raw: true,
+            ..layout(1024, 100 << 10, 16)
+        },
+        Layout {
             extended_l2: true,
             ..layout(16384, 500 << 10, 8)
         },
@@ -413,7 +445,7 @@ fn growing_refcounts_lose_nothing() {
     let mut run = Run::new(layout, 7);
     let tag = 9999;
     let table = block_on(async {
-        let image = open(&run.disk, None).await.unwrap();
+        let image = run.open().await;
         let table = image.header().await.refcount_table_offset;
         let this = &run;
         this.carry_out(&image, Request::Write, 1000..6000, tag).await;
@@ -427,12 +459,12 @@ fn growing_refcounts_lose_nothing() {
     });
     assert_ne!(table, 0);
     let first = run.tags.clone();
-    let whole = block_on(take_apart(run.disk.now(), None)).unwrap();
+    let whole = run.take_apart(run.disk.now(), None).unwrap();
     let last = run.disk.moment();
     for _ in 0..16 {
         let moment = run.disk.some_moment(&mut run.rng);
         let left = run.disk.power_cut(moment, &mut run.rng);
-        run.judge(left, &first, &whole, End::Power, moment)
+        run.judge((left, None), &first, &whole, End::Power, moment)
             .unwrap_or_else(|why| panic!("moment {moment} of {last}: {why}"));
     }
 }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use zbdkit_io::{File, IoBuf, LocalBoxFuture, Storage, StorageOp, yield_now};
@@ -34,7 +35,7 @@ enum Event {
         len: u64,
     },
     Length(u64),
-    /// Covers the events before this one.
+    /// Covers the file's events before this moment.
     Sync(usize),
 }
 
@@ -48,7 +49,9 @@ struct State {
     /// What it began with, durable.
     base: Bytes,
     now: Bytes,
-    events: Vec<Event>,
+    /// Each with its moment.
+    events: Vec<(usize, Event)>,
+    clock: Arc<AtomicUsize>,
     /// Delays requests, so that those in flight together end in any order.
     rng: Option<Rng>,
 }
@@ -59,7 +62,8 @@ impl Bytes {
         self.len
     }
 
-    fn read(&self, offset: u64, to: &mut [u8]) {
+    /// Copies bytes out; zeros past the end.
+    pub fn read(&self, offset: u64, to: &mut [u8]) {
         to.fill(0);
         self.each_block(offset, to.len() as u64, |block, within, at| {
             if let Some(bytes) = self.blocks.get(&block) {
@@ -68,7 +72,8 @@ impl Bytes {
         });
     }
 
-    fn write(&mut self, offset: u64, from: &[u8]) {
+    /// Puts bytes in, growing as needed.
+    pub fn write(&mut self, offset: u64, from: &[u8]) {
         let mut blocks = std::mem::take(&mut self.blocks);
         self.each_block(offset, from.len() as u64, |block, within, at| {
             let bytes = blocks
@@ -82,7 +87,7 @@ impl Bytes {
     }
 
     /// Zeroes what lies below the end.
-    fn zero(&mut self, offset: u64, len: u64) {
+    pub fn zero(&mut self, offset: u64, len: u64) {
         let end = (offset + len).min(self.len);
         let mut blocks = std::mem::take(&mut self.blocks);
         self.each_block(offset, end.saturating_sub(offset), |block, within, _| {
@@ -95,7 +100,8 @@ impl Bytes {
         self.blocks = blocks;
     }
 
-    fn set_len(&mut self, len: u64) {
+    /// Cuts it, or adds zeros.
+    pub fn set_len(&mut self, len: u64) {
         self.zero(len, self.len.saturating_sub(len));
         self.len = len;
     }
@@ -173,9 +179,18 @@ impl Disk {
                 base: bytes.clone(),
                 now: bytes,
                 events: Vec::new(),
+                clock: Arc::default(),
                 rng: None,
             })),
         }
+    }
+
+    /// A file that holds these bytes, durably, next to this one: moments are of both, syncs of one.
+    pub fn beside(&self, bytes: Bytes) -> Disk {
+        let disk = Disk::of(bytes);
+        let clock = self.with(|state| state.clock.clone());
+        disk.with(|state| state.clock = clock);
+        disk
     }
 
     /// A file that holds these bytes, durably.
@@ -200,16 +215,17 @@ impl Disk {
         self.with(|state| state.now.clone())
     }
 
-    /// Events so far: a moment to cut the power at.
+    /// The present, a moment to cut the power at: what happens from now on is later.
     pub fn moment(&self) -> usize {
-        self.with(|state| state.events.len())
+        self.with(|state| state.clock.load(Ordering::SeqCst))
     }
 
     /// A moment up to now, more often than not one just before a sync: most is at stake then.
     pub fn some_moment(&self, rng: &mut Rng) -> usize {
         let syncs: Vec<usize> = self.with(|state| {
-            let is_sync = |index: &usize| matches!(state.events[*index], Event::Sync(_));
-            (0..state.events.len()).filter(is_sync).collect()
+            let moment =
+                |(moment, event): &(usize, Event)| matches!(event, Event::Sync(_)).then_some(*moment);
+            state.events.iter().filter_map(moment).collect()
         });
         if syncs.is_empty() || rng.one_in(3) {
             return rng.below(self.moment() as u64 + 1) as usize;
@@ -217,23 +233,22 @@ impl Disk {
         syncs[rng.below(syncs.len() as u64) as usize]
     }
 
-    /// What a power cut after the first `moment` events leaves, one possibility by `rng`: all that a sync covered, and
-    /// of the rest what chance would have.
+    /// What a power cut at a moment leaves, one possibility by `rng`: all that a sync covered, and of the rest what chance
+    /// would have.
     pub fn power_cut(&self, moment: usize, rng: &mut Rng) -> Bytes {
         // Nearly nothing and nearly everything come up as well as the middle.
         let bias = [0, 1, 8, 8, 15, 16][rng.below(6) as usize];
         // Whole changes or pieces of them.
         let torn = rng.one_in(2);
         self.with(|state| {
-            let events = &state.events[..moment];
-            let covered = events.iter().map(|event| match event {
+            let covered = state.until(moment).map(|(_, event)| match event {
                 Event::Sync(upto) => *upto,
                 _ => 0,
             });
             let covered = covered.max().unwrap_or(0);
             let mut bytes = state.base.clone();
-            for (index, event) in events.iter().enumerate() {
-                if index < covered {
+            for (at, event) in state.until(moment) {
+                if *at < covered {
                     bytes.apply(event, &mut || true);
                 } else if torn {
                     bytes.apply(event, &mut || rng.below(16) < bias);
@@ -246,11 +261,11 @@ impl Disk {
         })
     }
 
-    /// What the death of the process after the first `moment` events leaves: all of them.
+    /// What the death of the process at a moment leaves: all that happened.
     pub fn kill(&self, moment: usize) -> Bytes {
         self.with(|state| {
             let mut bytes = state.base.clone();
-            for event in &state.events[..moment] {
+            for (_, event) in state.until(moment) {
                 bytes.apply(event, &mut || true);
             }
             bytes
@@ -264,8 +279,16 @@ impl Disk {
     fn change(&self, event: Event) {
         self.with(|state| {
             state.now.apply(&event, &mut || true);
-            state.events.push(event);
+            let moment = state.clock.fetch_add(1, Ordering::SeqCst);
+            state.events.push((moment, event));
         });
+    }
+}
+
+impl State {
+    /// What happened before a moment.
+    fn until(&self, moment: usize) -> impl Iterator<Item = &(usize, Event)> {
+        self.events.iter().take_while(move |(at, _)| *at < moment)
     }
 }
 
@@ -280,7 +303,7 @@ impl Storage for Disk {
         let disk = self.clone();
         let (covers, turns) = self.with(|state| {
             let turns = state.rng.as_mut().map_or(0, |rng| rng.below(4));
-            (state.events.len(), turns)
+            (state.clock.load(Ordering::SeqCst), turns)
         });
         Box::pin(async move {
             for _ in 0..turns {

@@ -38,11 +38,21 @@ pub const MARK: u32 = 0x6d61_726b;
 
 /// Opens an image; it may be written.
 pub async fn open(disk: &Disk, backing: Option<Arc<dyn Backing>>) -> Result<Qcow2, String> {
+    open_with(disk, None, backing).await
+}
+
+/// The same for one that may have its data in another file.
+pub async fn open_with(
+    disk: &Disk,
+    data: Option<&Disk>,
+    backing: Option<Arc<dyn Backing>>,
+) -> Result<Qcow2, String> {
     let header = Header::read(&disk.file())
         .await
         .map_err(|e| format!("reading the header: {e}"))?;
     let options = Options {
         backing,
+        data_file: data.map(Disk::file),
         ..Options::default()
     };
     let image = Qcow2::open(disk.file(), header, options).await;
@@ -73,12 +83,21 @@ pub async fn no_harm(disk: &Disk) -> Result<(), String> {
     Ok(())
 }
 
+/// What an image without a data file holds.
+pub async fn take_apart(bytes: Bytes, backing: Option<Arc<dyn Backing>>) -> Result<Contents, String> {
+    take_both_apart(bytes, None, backing).await
+}
+
 /// What an image holds; applying the snapshots one after the other tells what they hold. The image is not the same after
 /// that.
-pub async fn take_apart(bytes: Bytes, backing: Option<Arc<dyn Backing>>) -> Result<Contents, String> {
-    let disk = Disk::of(bytes);
+pub async fn take_both_apart(
+    bytes: Bytes,
+    data: Option<Bytes>,
+    backing: Option<Arc<dyn Backing>>,
+) -> Result<Contents, String> {
+    let (disk, data) = (Disk::of(bytes), data.map(Disk::of));
     no_harm(&disk).await?;
-    let image = open(&disk, backing).await?;
+    let image = open_with(&disk, data.as_ref(), backing).await?;
     let mut contents = Contents {
         disk: read_all(&image).await?,
         snapshots: Vec::new(),
