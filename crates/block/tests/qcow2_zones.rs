@@ -414,6 +414,10 @@ fn a_loss_that_a_strangers_writing_hid_is_told_all_the_same() {
         notices.contains("epoch 1") && notices.contains("may be lost"),
         "{notices}"
     );
+    // Nobody may have heard it yet.
+    drop(device);
+    let device = rig.open("disk.qcow2");
+    assert!(device.notices()[0].contains("epoch 1"), "{:?}", device.notices());
     rig.close(device);
     assert_eq!(rig.open("disk.qcow2").notices(), [""; 0]);
 }
