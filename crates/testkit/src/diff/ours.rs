@@ -33,7 +33,7 @@ pub struct Ours {
 /// A lower image of a chain.
 enum Layer {
     Raw(File, u64),
-    Qcow2(Qcow2),
+    Qcow2(Box<Qcow2>),
 }
 
 impl Backing for Layer {
@@ -122,7 +122,12 @@ impl Ours {
     fn layer(&mut self, world: &World, index: usize) -> Result<Layer> {
         let image = &world.images[index];
         if image.layout.is_some() {
-            return Ok(Layer::Qcow2(self.open(world, index, &image.name, false)?));
+            return Ok(Layer::Qcow2(Box::new(self.open(
+                world,
+                index,
+                &image.name,
+                false,
+            )?)));
         }
         let file = self.file(&world.path(&image.name), false)?;
         let len = file.len()?;
