@@ -215,6 +215,8 @@ impl History {
                 }
             })
             .await;
+            // It would hold the image's locks, also after the device is gone.
+            lane.quiet().await;
         });
         for (_, bytes) in writes {
             self.model.zones[index].data.extend(bytes);
