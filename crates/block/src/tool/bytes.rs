@@ -92,6 +92,10 @@ mod tests {
         IoBuf::from_vec(bytes)
     }
 
+    fn up_to(end: usize) -> Vec<Range<usize>> {
+        std::iter::once(0..end).collect()
+    }
+
     #[test]
     fn zeros_are_told_from_data_to_the_last_byte() {
         assert!(is_zero(&with(10_000, &[])));
@@ -114,7 +118,7 @@ mod tests {
         let zeros = with(10_000, &[]);
         let other = with(10_000, &[0, 3999, 4000, 9_000]);
         // 96 + 4000 is the beginning of one.
-        assert_eq!(differing_clusters(4096, 96, &zeros, &other), [0..10_000]);
+        assert_eq!(differing_clusters(4096, 96, &zeros, &other), up_to(10_000));
         let other = with(10_000, &[3999, 8096]);
         assert_eq!(
             differing_clusters(4096, 96, &zeros, &other),
@@ -131,8 +135,8 @@ mod tests {
             [0..512, 4608..5120, 29_696..30_208, 65_024..65_536]
         );
         assert_eq!(data_runs(&buf, 24 << 10), [0..32_768, 61_440..65_536]);
-        assert_eq!(data_runs(&buf, 1 << 20), [0..65_536]);
+        assert_eq!(data_runs(&buf, 1 << 20), up_to(65_536));
         assert!(data_runs(&with(64 << 10, &[]), 4096).is_empty());
-        assert_eq!(data_runs(&with(1000, &[999]), 4096), [0..1000]);
+        assert_eq!(data_runs(&with(1000, &[999]), 4096), up_to(1000));
     }
 }
