@@ -3,18 +3,28 @@
 mod support;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use support::power::Below;
 use support::qemu::Qemu;
 use support::{Rng, block_on, open_file};
 use zbdkit_io::IoBuf;
-use zbdkit_qcow2::{Compression, Error, Header, Layout, Options, Preallocation, Qcow2, create};
+use zbdkit_qcow2::{Backing, Compression, Error, Header, Layout, Options, Preallocation, Qcow2, create};
 
 /// Opens the image, does something with it, and closes it.
 async fn with_image<T>(path: &Path, f: impl AsyncFnOnce(&Qcow2) -> T) -> T {
     let file = open_file(path);
     let header = Header::read(&file).await.unwrap();
-    let image = Qcow2::open(file, header, Options::default()).await.unwrap();
+    let backing = header.backing_file.as_ref().map(|name| {
+        let bytes = std::fs::read(path.with_file_name(name)).unwrap();
+        Arc::new(Below(bytes)) as Arc<dyn Backing>
+    });
+    let options = Options {
+        backing,
+        ..Options::default()
+    };
+    let image = Qcow2::open(file, header, options).await.unwrap();
     let result = f(&image).await;
     image.close().await.unwrap();
     result
@@ -24,11 +34,41 @@ fn ours<T>(path: &Path, f: impl AsyncFnOnce(&Qcow2) -> T) -> T {
     block_on(with_image(path, f))
 }
 
-fn new_image(dir: &Path, layout: &Layout) -> PathBuf {
+/// A new image, made by QEMU or by us, and what it shows.
+fn new_image(dir: &Path, qemu: Option<&Qemu>, layout: &Layout) -> (PathBuf, Vec<u8>) {
     let path = dir.join("image.qcow2");
     let _ = std::fs::remove_file(&path);
-    block_on(create(&open_file(&path), None, layout)).unwrap();
-    path
+    let mut shows = vec![0; layout.size as usize];
+    if let Some((name, _)) = &layout.backing {
+        // Not as long as the device, and with zeros in it.
+        let len = layout.size as usize / 2 + 512;
+        let below: Vec<u8> = (0..len).map(|at| if at & 4096 == 0 { 0 } else { 0xbb }).collect();
+        shows[..len].copy_from_slice(&below);
+        std::fs::write(dir.join(name), below).unwrap();
+    }
+    let Some(qemu) = qemu else {
+        block_on(create(&open_file(&path), None, layout)).unwrap();
+        return (path, shows);
+    };
+    let compression = match layout.compression {
+        Compression::Zlib => "",
+        Compression::Zstd => ",compression_type=zstd",
+    };
+    let options = format!(
+        "compat={},cluster_size={},refcount_bits={},extended_l2={}{compression}",
+        if layout.version == 2 { "0.10" } else { "1.1" },
+        layout.cluster_size,
+        layout.refcount_bits,
+        if layout.extended_l2 { "on" } else { "off" },
+    );
+    let mut args = vec!["create", "-q", "-f", "qcow2", "-o", &options];
+    if let Some((name, _)) = &layout.backing {
+        args.extend(["-b", name, "-F", "raw"]);
+    }
+    let size = layout.size.to_string();
+    args.extend([path.to_str().unwrap(), &size]);
+    qemu.img(&args);
+    (path, shows)
 }
 
 fn no_change(_: &mut Header) -> Result<(), Error> {
@@ -146,6 +186,10 @@ impl Both<'_> {
     }
 
     fn discard(&mut self, ours_: bool) {
+        if self.layout.version == 2 && self.layout.backing.is_some() {
+            // It cannot hide the backing image.
+            return;
+        }
         let Some((offset, len)) = self.cluster_range() else {
             return;
         };
@@ -379,6 +423,10 @@ fn layouts() -> Vec<Layout> {
             ..layout(4096, 3 << 20, 16)
         },
         layout(4096, 3 << 20, 2),
+        Layout {
+            backing: Some(("below.raw".into(), Some("raw".into()))),
+            ..layout(4096, 3 << 20, 16)
+        },
     ]
 }
 
@@ -397,16 +445,18 @@ fn snapshots_of_ours_and_of_qemu_are_one_thing() {
     let dir = tempfile::tempdir().unwrap();
     for round in 0..rounds {
         for (index, layout) in layouts().into_iter().enumerate() {
-            let path = new_image(dir.path(), &layout);
+            let seed = round * 101 + index as u64;
+            let by_qemu = seed % 2 == 1;
+            let (path, disk) = new_image(dir.path(), by_qemu.then_some(&qemu), &layout);
             let mut both = Both {
                 qemu: &qemu,
                 path,
                 model: Model {
-                    disk: vec![0; layout.size as usize],
+                    disk,
                     snapshots: Vec::new(),
                 },
-                rng: Rng(round * 100 + index as u64),
-                history: vec![format!("{layout:?}, seed {}", round * 100 + index as u64)],
+                rng: Rng(seed),
+                history: vec![format!("{layout:?}, seed {seed}, made by QEMU: {by_qemu}")],
                 layout,
             };
             for step in 1..=steps {
