@@ -48,6 +48,12 @@ impl Device {
         }
     }
 
+    /// With something that the user should know.
+    pub(crate) fn with_notice(mut self, notice: String) -> Device {
+        self.notices = self.notices.iter().cloned().chain([notice]).collect();
+        self
+    }
+
     /// With the qcow2 image that the bytes lie in.
     pub(crate) fn with_qcow2(mut self, node: Arc<Qcow2Node>) -> Device {
         self.qcow2 = Some(node);

@@ -235,6 +235,17 @@ fn snapshots_whose_zones_are_not_known_are_not_applied() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("none"), "{error}");
+    // Its data can be read.
+    let view = OpenOptions {
+        read_only: true,
+        force_share: true,
+        snapshot: Some("old".into()),
+        ..OpenOptions::default()
+    };
+    let old = rig.try_open("disk.qcow2", view).unwrap();
+    assert!(old.limits().zoned.is_none() && old.notices()[0].contains("not known"));
+    assert_eq!(rig.read(&old, ZONE, 8192), pattern(1, 8192));
+    drop(old);
     // It was refused before anything: the device goes on.
     rig.write(&device, ZONE + 8192, &pattern(2, 4096));
     rig.block_on(device.snapshot_delete("old")).unwrap();

@@ -197,8 +197,7 @@ impl Opener<'_> {
             return Ok(Device::new(node.clone()).with_qcow2(node));
         };
         if let Some(id) = opened.snapshot {
-            let (zoned, node) = qcow2::open_snapshot(opened.node, &described, &id, &path).await?;
-            return Ok(Device::zoned(zoned, Vec::new()).with_qcow2(node));
+            return qcow2::open_snapshot(opened.node, &described, &id, &path).await;
         }
         let (zoned, node, notices) =
             qcow2::open(self.host, opened.node, described, &path, &run_state).await?;

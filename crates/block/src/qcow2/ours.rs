@@ -3,7 +3,7 @@
 use zbdkit_qcow2::Header;
 use zbdkit_spec::qcow2::{
     AUTOCLEAR_ZONE_TABLE, EXT_ZBDKIT, EXT_ZONED, INCOMPAT_ZONE_STATES, INCOMPAT_ZONED, MAX_CLUSTER_OFFSET,
-    ZBDKIT_VERSION, ZbdkitExtension,
+    ZBDKIT_VERSION, ZbdkitExtension, ZonedC,
 };
 use zbdkit_zone::Model;
 use zerocopy::{FromBytes, IntoBytes};
@@ -79,6 +79,13 @@ impl Ours {
     }
 }
 
+/// Whether both extensions lie in the first sector of an encoded header: one write of it switches all that they name.
+pub fn has_room(encoded: &[u8]) -> bool {
+    let fields = encoded.get(100..104).and_then(|bytes| bytes.try_into().ok());
+    let both = 8 + size_of::<ZonedC>().next_multiple_of(8) + 8 + size_of::<ZbdkitExtension>();
+    fields.is_some_and(|bytes| u32::from_be_bytes(bytes) as usize + both <= 512)
+}
+
 /// Writes zones and what is ours into a header: with these bits and extensions, all of it counts.
 pub fn put(header: &mut Header, zones: &Zones, ours: &Ours, states: bool) {
     header.set_extension(EXT_ZONED, Some(zones.encode()));
@@ -93,6 +100,16 @@ pub fn put(header: &mut Header, zones: &Zones, ours: &Ours, states: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn unknown_header_fields_may_leave_no_room() {
+        let mut encoded = Header::new(16).encode().unwrap();
+        assert!(has_room(&encoded));
+        encoded[100..104].copy_from_slice(&392u32.to_be_bytes());
+        assert!(has_room(&encoded));
+        encoded[100..104].copy_from_slice(&400u32.to_be_bytes());
+        assert!(!has_room(&encoded));
+    }
 
     #[test]
     fn our_extension_counts_only_while_its_bit_is_set() {

@@ -20,6 +20,7 @@ use super::node::Qcow2Node;
 use super::ours::{self, Ours};
 use super::words;
 use crate::create::default_append;
+use crate::device::Device;
 use crate::error::{Error, OpenError};
 use crate::host::{FileId, Host};
 use crate::node::Node;
@@ -248,17 +249,20 @@ pub async fn open(
     Ok((zoned, node, notices))
 }
 
-/// Opens the view of a snapshot with the zones that it has, read-only.
+/// Opens the view of a snapshot, read-only, with the zones that it has. Where those are not known, its data can still
+/// be read.
 pub async fn open_snapshot(
     node: Qcow2Node,
     described: &Described,
     id: &str,
     path: &Path,
-) -> Result<(ZonedNode, Arc<Qcow2Node>), OpenError> {
+) -> Result<Device, OpenError> {
+    let node = Arc::new(node);
+    let Some(ours) = described.ours.filter(|_| described.directory.find(id).is_some()) else {
+        let notice = format!("the zones of snapshot {id} are not known: it is shown as a disk without zones");
+        return Ok(Device::new(node.clone()).with_qcow2(node).with_notice(notice));
+    };
     let wrong = |problem: String| OpenError::data(path, problem);
-    let ours = described
-        .ours
-        .ok_or_else(|| wrong(format!("the zones of snapshot {id} are not known any more")))?;
     let known = described
         .frozen(node.image().file(), id, &ours)
         .await
@@ -268,9 +272,8 @@ pub async fn open_snapshot(
             "the zone table of snapshot {id} is of another size than it"
         )));
     }
-    let node = Arc::new(node);
     let zoned = ZonedNode::read_only(node.clone(), known.geometry, &known.records, "qcow2")?;
-    Ok((zoned, node))
+    Ok(Device::zoned(zoned, Vec::new()).with_qcow2(node))
 }
 
 /// What the user is told of an image whose area somebody else's writing has made stale.
@@ -303,6 +306,14 @@ async fn upgrade(
     described: Described,
     path: &Path,
 ) -> Result<(Described, Ours, Vec<String>), OpenError> {
+    let encoded = header.encode().map_err(OpenError::image(path))?;
+    if !ours::has_room(&encoded) {
+        return Err(OpenError::data(
+            path,
+            "header fields that are not known to this zbdkit leave no room for its extension in the first sector: the \
+             image's zones can only be read",
+        ));
+    }
     let known = from_bare_table(image.file(), header, &described.zones, path).await?;
     let former = former_header(image.file(), header).await;
     let told = lost(header, former.as_deref());
