@@ -21,7 +21,10 @@ pub(crate) use extras::zone_table;
 use std::ops::Range;
 
 use zbdkit_io::File;
-use zbdkit_spec::qcow2::{AUTOCLEAR_BITMAPS, AUTOCLEAR_ZONE_TABLE, INCOMPAT_CORRUPT, INCOMPAT_DIRTY};
+use zbdkit_spec::qcow2::{
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_ZONE_TABLE, CRYPT_NONE, INCOMPAT_CORRUPT, INCOMPAT_DIRTY,
+    INCOMPAT_ZONE_STATES, INCOMPAT_ZONED,
+};
 
 use crate::error::Error;
 use crate::header::Header;
@@ -80,7 +83,7 @@ pub struct CheckReport {
 /// leaves out one must not repair. `progress` is told what is done, and of how much.
 ///
 /// # Errors
-/// Where the file cannot be written or synced during a repair, or its length not be read. What cannot be read is
+/// Where the image has incompatible features that are not known here; where the file cannot be written or synced during a repair, or its length not be read. What cannot be read is
 /// counted in [`CheckReport::check_errors`].
 pub async fn check(
     file: &File,
@@ -90,6 +93,10 @@ pub async fn check(
     repair: Repair,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<CheckReport, Error> {
+    // What is encrypted is so in the data only.
+    let mut plain = header.clone();
+    plain.crypt_method = CRYPT_NONE;
+    plain.check_features(INCOMPAT_ZONED | INCOMPAT_ZONE_STATES)?;
     let mut image = Image {
         file,
         header: header.clone(),

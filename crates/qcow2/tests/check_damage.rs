@@ -1,4 +1,6 @@
 //! Damaged images: both checks judge them alike, and a repair leaves nothing for QEMU's check to find.
+//!
+//! `ZBDKIT_CHECK_CASES` sets the number of cases, `ZBDKIT_CHECK_SEED` the first one.
 
 mod check;
 mod support;
@@ -10,7 +12,7 @@ use check::damage::{self, Map};
 use check::{Class, Counts, Feature, Kind};
 use support::Rng;
 use support::qemu::Qemu;
-use zbdkit_qcow2::{Header, Repair};
+use zbdkit_qcow2::Repair;
 
 const KINDS: [(u32, u32, Feature); 10] = [
     (16, 16, Feature::Plain),
@@ -45,7 +47,7 @@ fn both_checks_judge_damage_alike() {
             (kind, bytes, map)
         })
         .collect();
-    let cases: u64 = std::env::var("ZBDKIT_CHECK_CASES").map_or(40, |n| n.parse().unwrap());
+    let cases: u64 = std::env::var("ZBDKIT_CHECK_CASES").map_or(60, |n| n.parse().unwrap());
     let first: u64 = std::env::var("ZBDKIT_CHECK_SEED").map_or(1, |n| n.parse().unwrap());
     let mut wrong = Vec::new();
     for seed in first..first + cases {
@@ -78,17 +80,30 @@ fn case(qemu: &Qemu, directory: &Path, kind: &Kind, bytes: &[u8], said: &str) {
         ours == theirs || differ_on_purpose(bytes, (ours, &our_words), (theirs, &their_words)),
         "{said}"
     );
-    if ours == Class::CannotCheck && Header::decode(bytes, u64::MAX).is_err() {
+    let Ok(repaired) = check::check(&ours_fixed, Repair::All) else {
+        assert_eq!(ours, Class::CannotCheck, "{said}");
         return;
-    }
-    let repaired = check::check(&ours_fixed, Repair::All).unwrap();
+    };
     let said = format!("{said}\nREPAIRED {repaired:?}");
     let after = Counts::from(&repaired).class();
     assert!(after <= ours, "{said}");
     let (by_qemu, words) = check::class_by_qemu(qemu, &ours_fixed, None);
-    assert!(by_qemu <= after || theirs > ours, "{said}\nAFTER {words}");
-    // Where QEMU can repair everything, so can we. With bitmaps its repair may lose snapshots, and they go uncounted.
-    if kind.feature != Feature::Mixed && by_qemu != Class::Clean && theirs <= ours {
+    let refuses = ["bitmap", "read the snapshot table"];
+    let refuses = refuses.iter().any(|what| words.to_lowercase().contains(what));
+    assert!(
+        by_qemu <= after || theirs > ours || refuses,
+        "{said}\nAFTER {words}"
+    );
+    // Where QEMU can repair everything, so can we, unless it drops snapshots (those that it finds no table of, and in
+    // some images with bitmaps all) or bitmaps lie on other metadata, where we do not follow them.
+    let drops = [
+        "Snapshot table is too big",
+        "snapshot table entry 0 is incomplete",
+        " and bitmaps",
+        "bitmaps twice",
+    ];
+    let drops = kind.feature == Feature::Mixed || drops.iter().any(|what| our_words.contains(what));
+    if !drops && by_qemu != Class::Clean && theirs <= ours {
         let (by_theirs, _) = check::class_by_qemu(qemu, &theirs_fixed, Some("all"));
         assert_ne!(by_theirs, Class::Clean, "{said}\nAFTER {words}");
     }
@@ -115,12 +130,16 @@ fn differ_on_purpose(
     if theirs == Class::CannotCheck && their_words.to_lowercase().contains("bitmap") {
         return true;
     }
+    // Without snapshots it does not matter where their table is; how data is encrypted does not matter here.
+    if their_words.contains("snapshot table offset invalid") || their_words.contains("encryption method") {
+        return ours < theirs;
+    }
     // What QEMU only looks at when it repairs.
     if our_words.contains("Too much extra metadata") && their_words.contains("Too much extra metadata") {
         return ours <= theirs;
     }
-    // The specification wants a multiple of 8.
-    if our_words.contains("qcow2 header length") {
+    // The specification wants a multiple of 8, and the name of a backing file behind the header.
+    if our_words.contains("qcow2 header length") || our_words.contains("Invalid backing file offset") {
         return ours == Class::CannotCheck;
     }
     // Counts of clusters that the file does not have are not looked at by QEMU.

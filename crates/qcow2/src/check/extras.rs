@@ -69,8 +69,9 @@ impl References {
             }
             self.snapshot(image, found, entry).await;
         }
-        let len = if marked == Marked::Outside { 0 } else { table.len };
-        (len, (found.snapshot_entries > 0).then_some(table.entries))
+        // Of a table that is not there, or that is something else, nothing would be right when written anew.
+        let rewrite = found.snapshot_entries > 0 && marked == Marked::Alone;
+        (table.len, rewrite.then_some(table.entries))
     }
 
     async fn snapshot(&mut self, image: &Image<'_>, found: &mut Found, entry: &table::Entry) {
