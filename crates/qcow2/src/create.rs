@@ -235,6 +235,17 @@ fn check_name(what: &str, name: &str, most: u32) -> Result<(), Error> {
 /// Makes an image in an empty file (or on a block device), synced. The external data file, if `layout` names one, is
 /// made as long as the device where it is shorter. Nothing is preallocated: that is done on the open image.
 pub async fn create(file: &File, data: Option<&File>, layout: &Layout) -> Result<Header, Error> {
+    create_with(file, data, layout, |_| ()).await
+}
+
+/// The same with `also` changing the header before it is written: an image that is not whole without what comes next can
+/// say so from the first moment.
+pub async fn create_with(
+    file: &File,
+    data: Option<&File>,
+    layout: &Layout,
+    also: impl FnOnce(&mut Header),
+) -> Result<Header, Error> {
     layout.check()?;
     if data.is_some() != layout.data_file.is_some() {
         return refused("an external data file needs both its name in the image and the file");
@@ -249,6 +260,7 @@ pub async fn create(file: &File, data: Option<&File>, layout: &Layout) -> Result
     let mut header = layout.header()?;
     let places = Places::of(&header);
     places.tell(&mut header);
+    also(&mut header);
 
     let creating = |e: io::Error| Error::io("creating the image", &e);
     if let Some(data) = data

@@ -28,7 +28,7 @@ mod zero;
 
 pub use check::{CheckReport, Repair, check};
 pub use compress::compress;
-pub use create::{Layout, Preallocation, create};
+pub use create::{Layout, Preallocation, create, create_with};
 pub use error::Error;
 pub use header::{Compression, Extension, Header};
 pub use image::{Access, Backing, Extent, Mapping, Options, Qcow2, Resolved};

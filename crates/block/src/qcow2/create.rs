@@ -261,9 +261,16 @@ async fn fill(
     zones: Option<&Known>,
 ) -> Result<Option<uuid::Uuid>, CreateError> {
     let wrong = OpenError::image(path);
-    let header = zbdkit_qcow2::create(&file, data.as_ref(), layout)
-        .await
-        .map_err(&wrong)?;
+    // With its feature bit and no extension yet, an image that is not finished does not open as a disk without zones.
+    let unfinished = match zones {
+        Some(_) => INCOMPAT_ZONED,
+        None => 0,
+    };
+    let header = zbdkit_qcow2::create_with(&file, data.as_ref(), layout, |header| {
+        header.incompatible |= unfinished;
+    })
+    .await
+    .map_err(&wrong)?;
     let preallocation = layout.effective_preallocation();
     let mut uuid = None;
     if zones.is_some() || preallocation != Preallocation::Off {
