@@ -566,6 +566,77 @@ fn the_area_of_our_extension_is_not_given_away_by_who_does_not_name_it() {
     assert_eq!(image.check(Repair::All).leaks_fixed, 1);
 }
 
+#[test]
+fn contradictory_subclusters_are_corruptions_that_stay() {
+    let mut layout = layout(14, 16);
+    layout.extended_l2 = true;
+    let bitmap = |image: &Image, cluster: u64| image.l2() + cluster * 16 + 8;
+    let mut image = Image::new(&layout);
+    let at = bitmap(&image, 3);
+    assert_eq!(word(&image.bytes, at), 0xffff_ffff);
+    set_word(&mut image.bytes, at, 1 << 32 | 0xffff_ffff);
+    let said = "Allocated cluster has corrupted subcluster allocation bitmap";
+    image.expect(Class::Corruptions, said, Class::Corruptions);
+    let mut image = Image::new(&layout);
+    let at = bitmap(&image, 40);
+    set_word(&mut image.bytes, at, 4);
+    let said = "Unallocated cluster has non-zero subcluster allocation map";
+    image.expect(Class::Corruptions, said, Class::Corruptions);
+    let mut image = Image::new(&layout);
+    let at = bitmap(&image, 11);
+    set_word(&mut image.bytes, at, 4);
+    let said = "ERROR compressed cluster 11 with non-zero subcluster allocation bitmap";
+    image.expect(Class::Corruptions, said, Class::Corruptions);
+    // The flag of ordinary entries for zeros means nothing here.
+    let mut image = Image::new(&layout);
+    let at = image.l2() + 3 * 16;
+    let entry = word(&image.bytes, at);
+    set_word(&mut image.bytes, at, entry | 1);
+    image.expect(Class::Corruptions, "reserved bits set", Class::Clean);
+}
+
+#[test]
+fn version_2_has_no_zero_clusters() {
+    let mut old = layout(12, 16);
+    old.version = 2;
+    let mut image = Image::new(&old);
+    image.set_entry(50, 1);
+    image.expect(
+        Class::Corruptions,
+        "ERROR zero cluster in a version 2 image",
+        Class::Corruptions,
+    );
+}
+
+#[test]
+fn with_an_external_data_file_clusters_lie_where_they_are_in_the_device() {
+    let mut image = Image::plain();
+    image.set_incompatible(4);
+    let report = image.check(Repair::None);
+    for said in [
+        "ERROR 1 snapshots in image with data file",
+        "ERROR compressed cluster 10 with data file",
+        "does not match guest cluster offset: 0x3000",
+        "OFLAG_COPIED data cluster",
+    ] {
+        assert!(
+            report.messages.iter().any(|line| line.contains(said)),
+            "{said}: {report:?}"
+        );
+    }
+    // In it they have no counts.
+    let data = (image.entry(3) & OFFSET) / image.cluster();
+    let said = format!("Leaked cluster {data} refcount=1 reference=0");
+    assert!(report.messages.contains(&said), "{report:?}");
+}
+
+#[test]
+fn features_that_nobody_knows_are_refused() {
+    let mut image = Image::plain();
+    image.set_incompatible(1 << 20);
+    assert!(world::check(&mut image.bytes, &Areas::new(), Repair::None).is_err());
+}
+
 /// The snapshot's entry with other extra data.
 fn with_extra(image: &mut Image, len: usize) {
     let at = image.header.snapshots_offset as usize;
