@@ -80,7 +80,7 @@ impl Rig {
 
     pub fn try_open(&self, name: &str, options: OpenOptions) -> Result<Device, OpenError> {
         let options = OpenOptions {
-            lock_wait: Duration::ZERO,
+            lock_wait: Duration::from_millis(300),
             ..options
         };
         self.block_on(Graph::from_path(self.path(name)).open(&host(), &options))
@@ -111,7 +111,7 @@ impl Rig {
 
     pub fn open_graph(&self, text: &str) -> Result<Device, OpenError> {
         let options = OpenOptions {
-            lock_wait: Duration::ZERO,
+            lock_wait: Duration::from_millis(300),
             ..OpenOptions::default()
         };
         self.block_on(Graph::parse(text)?.open(&host(), &options))
