@@ -40,7 +40,7 @@ impl Setup {
             .unwrap();
         let version = if rng.one_in(4) { 2 } else { 3 };
         let cluster_size = 1 << (9 + rng.below(13));
-        let size = 512 * (1 + rng.below((cluster_size / 16).max(2048)));
+        let size = 512 * (1 + rng.below((cluster_size / 64).clamp(1024, 8192)));
         let mut layout = Layout {
             version,
             size,
@@ -161,7 +161,7 @@ fn same(bytes: &[u8], setup: &Setup) {
 
 #[test]
 fn imago_reads_what_we_wrote() {
-    for seed in 0..30 {
+    for seed in 0..24 {
         let mut rng = Rng(seed);
         let mut setup = Setup::random(&mut rng);
         block_on(async {
@@ -175,7 +175,7 @@ fn imago_reads_what_we_wrote() {
 
 #[test]
 fn what_imago_writes_in_our_images_we_read_and_find_sound() {
-    for seed in 100..120 {
+    for seed in 100..112 {
         let mut rng = Rng(seed);
         let mut setup = Setup::random(&mut rng);
         for _ in 0..2 {
