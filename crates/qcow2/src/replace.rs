@@ -87,6 +87,7 @@ fn steps(present: &[u8], new: &[u8]) -> Vec<Vec<u8>> {
         let mut next = new.to_vec();
         next[..SECTOR].copy_from_slice(&now[..SECTOR]);
         if let Some(kept) = kept.map(|kept| kept.start.max(SECTOR)..kept.end)
+            && kept.start < kept.end
             && (kept.start >= used(new) || now[kept.clone()] == new[kept.clone()])
         {
             next[kept.clone()].copy_from_slice(&now[kept]);
@@ -285,6 +286,21 @@ mod tests {
             let mut new = old.clone();
             new.size = 2 << 20;
             check(&present, &new);
+        }
+    }
+
+    #[test]
+    fn a_name_in_the_first_sector_goes_with_it() {
+        // Without a feature name table, as others may leave it out.
+        let mut old = header(Some("base.qcow2"), Some("qcow2")).encode().unwrap();
+        let (present, end) = (name(&old).unwrap(), header_len(&old).unwrap());
+        let moved = end + 24..end + 24 + present.len();
+        let bytes = old[present].to_vec();
+        old[end..].fill(0);
+        old[moved.clone()].copy_from_slice(&bytes);
+        old[NAME_OFFSET].copy_from_slice(&(moved.start as u64).to_be_bytes());
+        for new in [header(Some("another/base.raw"), Some("raw")), header(None, None)] {
+            check(&old, &new);
         }
     }
 

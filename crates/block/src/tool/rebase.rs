@@ -24,12 +24,15 @@ pub async fn rebase(
     if overlay.limits().read_only {
         return Err(ToolError::Refused("the image is open read-only".into()));
     }
+    let cluster = cluster_size(overlay);
+    let present = overlay.backing().and_then(|backing| backing.node.as_ref());
     let rebase = Rebase {
         overlay,
         old: Contents::of(overlay),
         // As the overlay will read it, which is below its zones.
         new: new.map(Contents::below),
-        cluster: cluster_size(overlay),
+        cluster,
+        shown: present.map_or(0, |node| node.limits().size.next_multiple_of(cluster)),
         buffers: [IoBuf::alloc(CHUNK as usize), IoBuf::alloc(CHUNK as usize)],
     };
     let size = overlay.limits().size;
@@ -61,6 +64,8 @@ struct Rebase<'a> {
     old: Contents<'a>,
     new: Option<Contents<'a>>,
     cluster: u64,
+    /// Up to here, in whole clusters, the present backing image shows.
+    shown: u64,
     buffers: [IoBuf; 2],
 }
 
@@ -97,10 +102,19 @@ impl Rebase<'_> {
     }
 
     async fn write(&self, at: u64, buf: IoBuf) -> Result<(), ToolError> {
-        if is_zero(&buf) {
-            zero(self.overlay, at..at + buf.len() as u64).await
-        } else {
-            store(self.overlay, buf, at).await
+        if !is_zero(&buf) {
+            return store(self.overlay, buf, at).await;
         }
+        // Past the end of the present backing image the overlay reads as zeros without having any: it would not take
+        // them, but for written ones.
+        let end = at + buf.len() as u64;
+        let split = self.shown.clamp(at, end);
+        if at < split {
+            zero(self.overlay, at..split).await?;
+        }
+        if split < end {
+            store(self.overlay, buf.slice((split - at) as usize..buf.len()), split).await?;
+        }
+        Ok(())
     }
 }
