@@ -29,7 +29,7 @@ impl Qcow2 {
                 let wanted = old.iter().take_while(missing).count() as u64;
                 if wanted == count && self.data.is_none() {
                     let ahead = (clusters.end - at).min(MAX_REFILL);
-                    self.reserve_run(&mut meta, ahead.max(count)).await?;
+                    self.reserve_run(&mut meta, count, ahead).await?;
                 }
                 let mut taken = Vec::new();
                 let named = self.name_ahead(&mut meta, at, &old, &mut taken).await;
@@ -64,12 +64,12 @@ impl Qcow2 {
             join(taken, host..host + 1);
             *entry = self.codec.data(host << self.cluster_bits);
         }
+        let runs = std::mem::take(taken);
         if self.data.is_some() {
             // There they are not zeros because nobody named them.
-            let zeroed = self.zero_data(taken).await;
-            taken.clear();
-            zeroed?;
+            self.zero_data(&runs).await?;
         }
+        // What fails here may have named them.
         self.set_entries(meta, first, &new).await
     }
 
@@ -78,8 +78,7 @@ impl Qcow2 {
         for run in runs {
             self.punch(run).await?;
         }
-        let synced = self.data_file().datasync().await;
-        self.note(synced.map_err(|e| Error::io("mapping ahead", &e)))
+        self.sync_data().await
     }
 
     /// Makes clusters of the data file zeros, and gives their space back where its file system can.
@@ -88,11 +87,13 @@ impl Qcow2 {
             run.start << self.cluster_bits,
             (run.end - run.start) << self.cluster_bits,
         );
-        if self.data_file().punch_hole(start, len).await.is_ok() {
-            return Ok(());
-        }
-        let zeroed = self.data_file().zero_range(start, len).await;
-        zeroed.map_err(|e| Error::io("zeroing clusters", &e))
+        let zeroed = self.failure.whole(async {
+            match self.data_file().punch_hole(start, len).await {
+                Ok(()) => Ok(()),
+                Err(_) => self.data_file().zero_range(start, len).await,
+            }
+        });
+        zeroed.await.map_err(|e| Error::io("zeroing clusters", &e))
     }
 
     /// A zone was reset: its contents go. Clusters of its own stay mapped, and give their space back to the file's

@@ -38,6 +38,12 @@ pub(crate) fn descriptor(word: u64, cluster_bits: u32) -> (u64, u64) {
     (offset, (more_sectors + 1) * SECTOR - offset % SECTOR)
 }
 
+/// The clusters of the file that the data of a compressed cluster touches.
+pub(crate) fn clusters(word: u64, cluster_bits: u32) -> std::ops::Range<u64> {
+    let (offset, len) = descriptor(word, cluster_bits);
+    offset >> cluster_bits..((offset + len - 1) >> cluster_bits) + 1
+}
+
 /// The descriptor for `len` bytes (at least 1, less than a cluster) at `offset`, without the flag. None past
 /// [`offset_limit`].
 pub(crate) fn encode_descriptor(offset: u64, len: u64, cluster_bits: u32) -> u64 {

@@ -10,6 +10,9 @@ use crate::error::Error;
 use crate::image::{Meta, Qcow2, own_table, read_at, write_at};
 use crate::l2::{COPIED, Entry};
 
+/// Runs of clusters that wait to be freed before that is done, flush or not.
+const MOST_PENDING: usize = 1 << 16;
+
 impl Qcow2 {
     /// The entries of clusters of one slice.
     pub(crate) async fn entries(&self, range: Range<u64>) -> Result<Vec<Entry>, Error> {
@@ -65,12 +68,18 @@ impl Qcow2 {
         let slices = (1u64 << self.l2_bits) / self.l2.entries();
         let base = table + (key % slices) * self.l2.slice_bytes();
         let changed = 8 * words * index..8 * words * (index + new.len());
-        let written = self.sectors.write(&self.file, base, &bytes, changed).await;
-        self.note(written)?;
+        let written = self
+            .change(self.sectors.write(&self.file, base, &bytes, changed))
+            .await;
+        if let Err(error) = written {
+            // Some of the entries may be in the file: it decides. What either of them names stays counted.
+            self.l2.forget_slice(key);
+            return Err(error);
+        }
         self.l2.update(key, index, new);
         for (old, new) in old.iter().zip(new) {
             if let Some(freed) = self.freed(*old, *new) {
-                meta.free(freed);
+                self.free_data(meta, freed);
             }
         }
         Ok(())
@@ -106,6 +115,9 @@ impl Qcow2 {
                 let mut meta = self.lock().await;
                 self.set_entries(&mut meta, at + first as u64, &new[first..=last])
                     .await?;
+                if meta.pending.len() > MOST_PENDING {
+                    self.reap(&mut meta).await?;
+                }
             }
             at = end;
         }
@@ -119,13 +131,23 @@ impl Qcow2 {
                 return None;
             }
             self.forget_inflated();
-            let (offset, len) = compress::descriptor(old.word, self.cluster_bits);
-            return Some(offset >> self.cluster_bits..((offset + len - 1) >> self.cluster_bits) + 1);
+            return Some(compress::clusters(old.word, self.cluster_bits));
         }
-        let own = self.data.is_none() && self.codec.has_cluster(old);
+        let own = self.data.is_none() && self.codec.has_cluster(old) && self.is_place(old);
         let kept = self.codec.has_cluster(new) && new.offset() == old.offset();
         let cluster = old.offset() >> self.cluster_bits;
         (own && !kept).then_some(cluster..cluster + 1)
+    }
+
+    /// Lets go of clusters that held data, unless they hold metadata as well: a broken image says so.
+    fn free_data(&self, meta: &mut Meta, run: Range<u64>) {
+        let metadata = self.metadata.read().unwrap_or_else(PoisonError::into_inner);
+        match metadata.within(&run) {
+            Some(cluster) => {
+                tracing::warn!("data was mapped to cluster {cluster} of the file, which holds metadata")
+            }
+            None => meta.free(run),
+        }
     }
 
     /// The L2 table for a cluster, made or copied so that it is this image's alone.
@@ -186,8 +208,7 @@ impl Qcow2 {
             part.iter().flat_map(|word| word.to_be_bytes()).collect()
         });
         let at = meta.header.l1_offset + (index as u64 * 8) / self.sectors.align * self.sectors.align;
-        let written = write_at(&self.file, at, &bytes).await;
-        self.note(written)?;
+        self.change(write_at(&self.file, at, &bytes)).await?;
         self.with_l1(|l1| l1[index] = entry);
         Ok(())
     }

@@ -61,8 +61,16 @@ impl Grace {
 
     /// Returns once every pin that was there at the call is gone. One caller at a time.
     pub async fn passed(&self) {
-        let parity = self.period.fetch_add(1, Ordering::SeqCst) & 1;
         self.waits.store(true, Ordering::SeqCst);
+        // Somebody who waited before may have been dropped, and these may be pins that he waited for. There are no new
+        // ones, or this would wait for ever.
+        self.none(!self.period.load(Ordering::SeqCst) & 1).await;
+        self.none(self.period.fetch_add(1, Ordering::SeqCst) & 1).await;
+        self.waits.store(false, Ordering::SeqCst);
+    }
+
+    /// Returns once one half of the counters is zero.
+    async fn none(&self, parity: usize) {
         poll_fn(|cx| {
             let mut waiting = lock(&self.waiting);
             waiting.clear();
@@ -76,7 +84,6 @@ impl Grace {
             }
         })
         .await;
-        self.waits.store(false, Ordering::SeqCst);
     }
 }
 
@@ -127,6 +134,23 @@ mod tests {
         assert!(!poll(next.as_mut()));
         drop(after);
         assert!(poll(next.as_mut()));
+    }
+
+    #[test]
+    fn who_waits_after_one_that_was_dropped_waits_for_the_same_pins() {
+        let grace = Grace::default();
+        let before = grace.pin();
+        {
+            let mut dropped = pin!(grace.passed());
+            assert!(!poll(dropped.as_mut()));
+        }
+        let later = grace.pin();
+        let mut passed = pin!(grace.passed());
+        assert!(!poll(passed.as_mut()));
+        drop(later);
+        assert!(!poll(passed.as_mut()));
+        drop(before);
+        assert!(poll(passed.as_mut()));
     }
 
     #[test]

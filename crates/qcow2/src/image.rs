@@ -3,8 +3,9 @@
 //! Requests look places up in the cache ([`Qcow2::resolve`]) and go to the file without a lock. What changes the mapping
 //! is one task at a time, the holder of [`Meta`]; `write` has the ways that a request takes there.
 
+use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use zbdkit_io::{File, IoBuf, LocalBoxFuture};
@@ -13,6 +14,7 @@ use zbdkit_spec::qcow2::{EXT_ZONED, L1E_OFFSET_MASK};
 use crate::check::zone_table;
 use crate::compress;
 use crate::error::Error;
+use crate::failure::{Failure, Syncs};
 use crate::grace::{Grace, Pin};
 use crate::header::{Compression, Header};
 use crate::l2::{Codec, Entries, Entry, Kind, L2Cache, SUBCLUSTERS};
@@ -20,9 +22,7 @@ use crate::lock::{AsyncGuard, AsyncMutex, RangeLocks, lock};
 use crate::metadata::Metadata;
 use crate::refcounts::Refcounts;
 use crate::replace::replace_header;
-pub(crate) use crate::sectors::{
-    Sectors, file_len, own_table, prepare, read_at, words, write_at,
-};
+pub(crate) use crate::sectors::{Sectors, file_len, own_table, prepare, read_at, words, write_at};
 
 /// What lies below an image.
 pub trait Backing: Send + Sync {
@@ -126,8 +126,10 @@ pub struct Qcow2 {
     /// No data of the image lies past it: the end of the file, as far as it is known, in bytes.
     pub(crate) end: AtomicU64,
     meta: AsyncMutex<Meta>,
-    /// The errno of the first failed write of metadata or sync; final. 0 while there was none.
-    failed: AtomicI32,
+    /// The first failed write of metadata or sync is final.
+    pub(crate) failure: Arc<Failure>,
+    syncs: Arc<Syncs>,
+    data_syncs: Option<Syncs>,
     pub(crate) backing: Option<Arc<dyn Backing>>,
     /// The compressed cluster that was read last.
     inflated: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
@@ -139,7 +141,7 @@ pub(crate) struct Meta {
     /// `None` where the image is open read-only.
     refcounts: Option<Refcounts>,
     /// Counted, zero, durable, and not named by anything yet.
-    pub(crate) reserve: Vec<Range<u64>>,
+    pub(crate) reserve: VecDeque<Range<u64>>,
     /// Not named any more, but counted, and maybe still used.
     pub(crate) pending: Vec<Range<u64>>,
     /// Clusters to take at the next refill.
@@ -185,19 +187,21 @@ impl Qcow2 {
             return Err(Error::Invalid("L1 table is too small".into()));
         }
         let direct = file.direct_align().unwrap_or(1).max(1);
-        if u64::from(direct) > header.cluster_size() {
-            return Err(Error::Unsupported(format!(
-                "cache.direct=on needs clusters of at least {direct} bytes here, but the image's have {}",
-                header.cluster_size()
-            )));
-        }
+        let data_direct = options
+            .data_file
+            .as_ref()
+            .and_then(File::direct_align)
+            .unwrap_or(1);
+        check_direct(&header, direct.max(data_direct))?;
         let sectors = Sectors {
             align: u64::from(direct.max(512)),
         };
         let l1_bytes = read_at(&file, header.l1_offset, 8 * header.l1_size as usize).await?;
+        let failure = Arc::new(Failure::default());
+        let syncs = Arc::new(Syncs::new(file.clone(), failure.clone()));
         let refcounts = match options.read_only {
             true => None,
-            false => Some(Refcounts::load(file.clone(), &header, sectors).await?),
+            false => Some(Refcounts::load(file.clone(), syncs.clone(), &header, sectors).await?),
         };
         let end = match &options.data_file {
             // Data lies there where the device has it.
@@ -225,15 +229,20 @@ impl Qcow2 {
             grace: Grace::default(),
             ranges: RangeLocks::default(),
             metadata: RwLock::default(),
-            failed: AtomicI32::new(0),
+            data_syncs: options
+                .data_file
+                .as_ref()
+                .map(|data| Syncs::new(data.clone(), failure.clone())),
+            failure,
+            syncs,
             end: AtomicU64::new(end),
             data: options.data_file,
             backing: options.backing,
             inflated: Mutex::new(None),
             meta: AsyncMutex::new(Meta {
-                reserve: Vec::new(),
+                reserve: VecDeque::new(),
                 pending: Vec::new(),
-                grow: (FIRST_REFILL >> header.cluster_bits).clamp(1, MAX_REFILL),
+                grow: (FIRST_REFILL >> header.cluster_bits).clamp(1, max_refill(header.cluster_bits)),
                 packing: 0..0,
                 refcounts,
                 header,
@@ -358,33 +367,23 @@ impl Qcow2 {
 
     /// Fails where an earlier failure was final.
     pub(crate) fn check_failed(&self) -> Result<(), Error> {
-        match self.failed.load(Ordering::Acquire) {
-            0 => Ok(()),
-            errno => Err(Error::Failed { errno }),
-        }
+        self.failure.check()
     }
 
-    /// Notes a failure whose outcome in the file is not known. A full disk is none: nothing was changed then.
+    /// Notes a failure whose outcome in the file is not known; see [`Failure::note`].
     pub(crate) fn note<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
-        if let Err(Error::Io { errno, .. }) = &result
-            && !matches!(*errno, libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::ENOMEM)
-            && self
-                .failed
-                .compare_exchange(0, *errno, Ordering::AcqRel, Ordering::Acquire)
-                .is_ok()
-        {
-            tracing::error!(
-                "writing metadata failed ({}): the image takes no changes until it is reopened",
-                std::io::Error::from_raw_os_error(*errno)
-            );
-        }
-        result
+        self.failure.note(result)
+    }
+
+    /// A change of metadata, which must not be cut off, and whose failure may be final.
+    pub(crate) async fn change<T>(&self, io: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        self.failure.note(self.failure.whole(io).await)
     }
 
     /// Where a range lies, as far as that is known without I/O and is one run of ordinary clusters; to be written, they
     /// must be this image's alone.
     pub fn resolve(&self, offset: u64, len: u64, access: Access) -> Option<Resolved<'_>> {
-        if access == Access::Write && (self.read_only || self.failed.load(Ordering::Acquire) != 0) {
+        if access == Access::Write && (self.read_only || self.check_failed().is_err()) {
             return None;
         }
         // Before the look: whoever frees the clusters after it waits for us.
@@ -392,8 +391,10 @@ impl Qcow2 {
         let (key, index) = self.l2.locate(offset >> self.cluster_bits);
         let view = self.l2.get(key)?;
         let run = self.run_in(view.entries(), index, offset, len)?;
-        let usable =
-            run.kind == Kind::Data && run.len >= len && (access == Access::Read || run.entry.is_copied());
+        let usable = run.kind == Kind::Data
+            && run.len >= len
+            && self.is_place(run.entry)
+            && (access == Access::Read || run.entry.is_copied());
         drop(view);
         if !usable || (access == Access::Write && self.overlap(run.offset, len).is_some()) {
             return None;
@@ -418,8 +419,8 @@ impl Qcow2 {
             return None;
         }
         let metadata = self.metadata.read().unwrap_or_else(PoisonError::into_inner);
-        let mut clusters = offset >> self.cluster_bits..=(offset + len.max(1) - 1) >> self.cluster_bits;
-        let hit = clusters.find(|cluster| metadata.contains(*cluster))?;
+        let first = offset >> self.cluster_bits;
+        let hit = metadata.within(&(first..((offset + len.max(1) - 1) >> self.cluster_bits) + 1))?;
         Some(format!("cluster {hit} of the file, which holds metadata"))
     }
 
@@ -492,12 +493,19 @@ impl Qcow2 {
         }
     }
 
+    /// Whether a cluster can lie where the entry says.
+    pub(crate) fn is_place(&self, entry: Entry) -> bool {
+        entry.offset() & (self.cluster_size() - 1) == 0
+    }
+
     /// That the file can hold what the entry names.
     fn check_run(&self, run: Run, at: u64) -> Result<Run, Error> {
         let broken = match run.kind {
-            Kind::Data => run.entry.offset() & (self.cluster_size() - 1) != 0,
+            Kind::Data => !self.is_place(run.entry),
+            // Version 2 has no such entries: the bit is one of an offset, and the offset is wrong.
+            Kind::Zero => self.version < 3,
             Kind::Invalid => true,
-            _ => false,
+            Kind::Unallocated | Kind::Compressed => false,
         };
         if broken {
             return Err(Error::Corrupt(format!(
@@ -511,6 +519,8 @@ impl Qcow2 {
     /// Brings a cluster's slice into the cache; `false` where there is no table for it.
     async fn load(&self, cluster: u64) -> Result<bool, Error> {
         let (key, _) = self.l2.locate(cluster);
+        // The table may be replaced, and must not serve something else while we read it.
+        let _pin = self.grace.pin();
         let version = self.l2.version(key);
         let Some(table) = self.table_of(cluster)? else {
             return Ok(false);
@@ -640,9 +650,8 @@ impl Qcow2 {
             return Ok(());
         }
         self.check_failed()?;
-        if let Some(data) = &self.data {
-            let synced = data.datasync().await.map_err(|e| Error::io("flush", &e));
-            self.note(synced)?;
+        if self.data.is_some() {
+            self.sync_data().await?;
         }
         let mut meta = self.lock().await;
         if meta.pending.is_empty() {
@@ -653,10 +662,14 @@ impl Qcow2 {
         }
     }
 
-    /// Syncs the image's file.
+    /// Syncs the image's file. A failure is final.
     pub(crate) async fn sync(&self) -> Result<(), Error> {
-        let synced = self.file.datasync().await.map_err(|e| Error::io("flush", &e));
-        self.note(synced)
+        self.syncs.sync().await
+    }
+
+    /// Syncs the file that holds the data. A failure is final.
+    pub(crate) async fn sync_data(&self) -> Result<(), Error> {
+        self.data_syncs.as_ref().unwrap_or(&self.syncs).sync().await
     }
 
     /// Closes cleanly: everything durable, clusters that were taken and not used given back.
@@ -689,8 +702,15 @@ impl Qcow2 {
         self.check_failed()?;
         let mut new = meta.header.clone();
         change(&mut new)?;
-        let written = replace_header(&self.file, self.sectors, &new).await;
-        self.note(written)?;
+        let written = self
+            .failure
+            .whole(replace_header(&self.file, self.sectors, &new))
+            .await;
+        if let Err(Error::Io { errno, .. }) = &written {
+            // Whatever the errno: nobody knows which of the two headers counts.
+            self.failure.fail(*errno);
+        }
+        written?;
         meta.header = new;
         Ok(())
     }
@@ -724,5 +744,25 @@ pub(crate) struct Run {
     pub(crate) offset: u64,
 }
 
-/// Most clusters that one refill takes.
+/// Most clusters that are mapped ahead at once.
 pub(crate) const MAX_REFILL: u64 = 1 << 16;
+
+/// Most clusters that one refill takes unasked: a crash leaves them leaked.
+pub(crate) fn max_refill(cluster_bits: u32) -> u64 {
+    ((1 << 30) >> cluster_bits).min(MAX_REFILL)
+}
+
+/// That all I/O can be as aligned as the files are opened for: the smallest piece of data that is mapped by itself is a
+/// cluster, or a subcluster.
+fn check_direct(header: &Header, align: u32) -> Result<(), Error> {
+    let (what, size) = match header.extended_l2() {
+        true => ("subclusters", header.subcluster_size()),
+        false => ("clusters", header.cluster_size()),
+    };
+    if u64::from(align) > size {
+        return Err(Error::Unsupported(format!(
+            "cache.direct=on needs {what} of at least {align} bytes here, but the image's have {size}"
+        )));
+    }
+    Ok(())
+}

@@ -275,6 +275,13 @@ impl L2Cache {
         }
     }
 
+    /// Drops a slice: nobody knows what the file has there.
+    pub fn forget_slice(&self, key: u64) {
+        let mut shard = self.write(key);
+        shard.version += 1;
+        shard.slices.remove(&key);
+    }
+
     /// Drops all slices: tables moved.
     pub fn forget(&self) {
         for shard in &self.shards {

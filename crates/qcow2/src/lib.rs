@@ -10,6 +10,7 @@ mod compress;
 mod create;
 mod entries;
 mod error;
+mod failure;
 mod grace;
 mod header;
 mod image;

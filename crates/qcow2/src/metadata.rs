@@ -63,7 +63,9 @@ impl Metadata {
 
     /// Takes out clusters that hold no metadata any more.
     pub fn remove(&mut self, range: &Range<u64>) {
-        if !self.single.is_empty() {
+        if (self.single.len() as u64) < range.end - range.start {
+            self.single.retain(|cluster| !range.contains(cluster));
+        } else {
             range.clone().for_each(|cluster| {
                 self.single.remove(&cluster);
             });

@@ -26,8 +26,15 @@ impl Qcow2 {
                 "compressed clusters cannot lie in an external data file".into(),
             ));
         }
-        for (offset, _) in &clusters {
+        for (offset, packed) in &clusters {
             self.check_change(*offset, 1)?;
+            if packed.is_empty() || packed.len() as u64 >= self.cluster_size() {
+                return Err(Error::Refused(format!(
+                    "{} bytes are no compressed cluster of {} bytes",
+                    packed.len(),
+                    self.cluster_size()
+                )));
+            }
             if offset & (self.cluster_size() - 1) != 0 {
                 return Err(Error::Refused(format!(
                     "{offset} is not the beginning of a cluster"
@@ -35,25 +42,53 @@ impl Qcow2 {
             }
         }
         let mut meta = self.lock().await;
-        let mut named = Vec::new();
-        for (offset, packed) in &clusters {
-            let place = self.pack(&mut meta, packed.len() as u64).await?;
-            self.write_bytes(place, packed).await?;
-            let entry = Entry {
-                word: COMPRESSED | compress::encode_descriptor(place, packed.len() as u64, self.cluster_bits),
-                bitmap: 0,
-            };
-            named.push((offset >> self.cluster_bits, entry));
+        let mut placed = Vec::new();
+        let written = self.place_packed(&mut meta, &clusters, &mut placed).await;
+        if let Err(error) = written {
+            placed
+                .iter()
+                .for_each(|(_, entry)| self.free_packed(&mut meta, *entry));
+            return Err(error);
         }
-        // The counts before the names, and the bytes too, where they stand for something.
-        self.sync().await?;
         drop(meta);
-        for (cluster, entry) in named {
+        let mut placed = placed.into_iter();
+        for (cluster, entry) in placed.by_ref() {
             let _alone = self.ranges.lock(cluster..cluster + 1).await;
             let mut meta = self.lock().await;
-            self.set_entries(&mut meta, cluster, &[entry]).await?;
+            let named = self.set_entries(&mut meta, cluster, &[entry]).await;
+            if let Err(error) = named {
+                // This one may be named all the same; the others are not.
+                placed.for_each(|(_, entry)| self.free_packed(&mut meta, entry));
+                return Err(error);
+            }
         }
         Ok(())
+    }
+
+    /// Writes compressed clusters where there is room, durably; which cluster of the device each is, and its entry.
+    async fn place_packed(
+        &self,
+        meta: &mut Meta,
+        clusters: &[(u64, Vec<u8>)],
+        placed: &mut Vec<(u64, Entry)>,
+    ) -> Result<(), Error> {
+        for (offset, packed) in clusters {
+            let len = packed.len() as u64;
+            let place = self.pack(meta, len).await?;
+            let entry = Entry {
+                word: COMPRESSED | compress::encode_descriptor(place, len, self.cluster_bits),
+                bitmap: 0,
+            };
+            placed.push((offset >> self.cluster_bits, entry));
+            self.failure.whole(self.write_bytes(place, packed)).await?;
+        }
+        // The counts before the names, and the bytes too, where they stand for something.
+        self.sync().await
+    }
+
+    /// A compressed cluster that was written will not be named.
+    fn free_packed(&self, meta: &mut Meta, entry: Entry) {
+        meta.free(compress::clusters(entry.word, self.cluster_bits));
     }
 
     /// Room for `len` bytes, each cluster of it counted once more. Not synced.
@@ -65,8 +100,8 @@ impl Qcow2 {
             meta.refcounts()?.get(cluster).await? < max
         };
         if shares {
-            let raised = meta.refcounts()?.add(cluster..cluster + 1, 1).await;
-            self.note(raised)?;
+            let raised = meta.refcounts()?.add(cluster..cluster + 1, 1);
+            self.change(raised).await?;
         } else {
             let new = self.take(meta, 1).await?.start;
             meta.packing = new << self.cluster_bits..(new + 1) << self.cluster_bits;

@@ -5,17 +5,20 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use zbdkit_io::File;
 use zbdkit_spec::qcow2::{MAX_CLUSTER_OFFSET, MAX_REFTABLE_BYTES, REFTABLE_OFFSET_MASK};
 
 use crate::error::Error;
+use crate::failure::Syncs;
 use crate::header::Header;
 use crate::image::{Sectors, file_len, read_at};
 
 /// The counts of an open image.
 pub struct Refcounts {
     file: File,
+    syncs: Arc<Syncs>,
     sectors: Sectors,
     cluster_bits: u32,
     order: u32,
@@ -43,10 +46,19 @@ pub struct Allocated {
 
 /// Blocks that are kept in memory.
 const CACHED: usize = 256;
+/// Most runs that are taken at once: each is zeroed and counted by itself.
+const MOST_RUNS: usize = 1 << 10;
+/// What failed where the file cannot be as long as asked.
+pub const GROWING: &str = "growing the file";
 
 impl Refcounts {
     /// Reads the table.
-    pub async fn load(file: File, header: &Header, sectors: Sectors) -> Result<Refcounts, Error> {
+    pub async fn load(
+        file: File,
+        syncs: Arc<Syncs>,
+        header: &Header,
+        sectors: Sectors,
+    ) -> Result<Refcounts, Error> {
         let bytes = u64::from(header.refcount_table_clusters) << header.cluster_bits;
         let table = read_at(&file, header.refcount_table_offset, bytes as usize).await?;
         Ok(Refcounts {
@@ -64,6 +76,7 @@ impl Refcounts {
             blocks: BTreeMap::new(),
             hint: 0,
             run_hint: 0,
+            syncs,
             file,
         })
     }
@@ -211,7 +224,7 @@ impl Refcounts {
                 self.clear(run).await?;
                 self.add(run.clone(), 1).await?;
             }
-            self.sync().await?;
+            self.syncs.sync().await?;
             let end = runs.last().map_or(0, |run| run.end);
             self.run_hint = end;
             if need == 1 {
@@ -262,7 +275,7 @@ impl Refcounts {
                     total += len;
                     runs.push(run.clone());
                 }
-                if !here || total >= preferred {
+                if !here || total >= preferred || runs.len() >= MOST_RUNS {
                     return Ok(runs);
                 }
                 let next = index * per_block + cluster + 1;
@@ -293,7 +306,7 @@ impl Refcounts {
                 .checked_add(table + blocks + want)
                 .filter(|end| *end <= MAX_CLUSTER_OFFSET >> self.cluster_bits)
                 .ok_or(Error::Io {
-                    op: "allocating clusters",
+                    op: GROWING,
                     errno: libc::EFBIG,
                 })?;
             let per_block = self.per_block();
@@ -301,18 +314,19 @@ impl Refcounts {
                 .filter(|index| self.table.get(*index as usize).is_none_or(|offset| *offset == 0))
                 .count() as u64;
             let needed = end.div_ceil(per_block);
-            let clusters = if needed > self.table.len() as u64 {
-                // Half as much again, so that it is seldom done.
-                ((needed + needed / 2) * 8).div_ceil(self.cluster_size())
-            } else {
-                0
-            };
-            if clusters << self.cluster_bits > MAX_REFTABLE_BYTES.max(self.cluster_size()) {
+            let most = MAX_REFTABLE_BYTES / 8;
+            if needed > most {
                 return Err(Error::Io {
-                    op: "growing the refcount table past 8 MiB",
+                    op: GROWING,
                     errno: libc::EFBIG,
                 });
             }
+            let clusters = if needed > self.table.len() as u64 {
+                // Half as much again, so that it is seldom done.
+                ((needed + needed / 2).min(most) * 8).div_ceil(self.cluster_size())
+            } else {
+                0
+            };
             if (clusters, missing) == (table, blocks) {
                 return Ok(Place {
                     table: start..start + table,
@@ -371,9 +385,7 @@ impl Refcounts {
             }
         }
         if end > old {
-            self.file
-                .set_len(end)
-                .map_err(|e| Error::io("growing the file", &e))?;
+            self.file.set_len(end).map_err(|e| Error::io(GROWING, &e))?;
             self.len = end;
         }
         Ok(())
@@ -425,16 +437,34 @@ impl Refcounts {
             }
             self.table_offset = offset;
         }
-        self.sync().await?;
+        self.syncs.sync().await?;
         if place.table.is_empty() && !new_blocks.is_empty() {
-            let bytes: Vec<u8> = self.table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-            for index in new_blocks {
-                let at = index as usize * 8;
-                self.sectors
-                    .write(&self.file, self.table_offset, &bytes, at..at + 8)
-                    .await?;
+            self.name_blocks(&new_blocks).await?;
+            self.syncs.sync().await?;
+        }
+        Ok(())
+    }
+
+    /// Writes the table's entries for new blocks.
+    async fn name_blocks(&mut self, new_blocks: &[u64]) -> Result<(), Error> {
+        let bytes: Vec<u8> = self.table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let per_sector = self.sectors.align / 8;
+        let mut left = new_blocks;
+        while let Some(first) = left.first() {
+            let here = left.partition_point(|index| index / per_sector == first / per_sector);
+            let (now, later) = left.split_at(here);
+            let at = *first as usize * 8;
+            let written = self
+                .sectors
+                .write(&self.file, self.table_offset, &bytes, at..at + 8)
+                .await;
+            if let Err(error) = written {
+                // What the file does not name counts nothing, here as there.
+                left.iter().for_each(|index| self.table[*index as usize] = 0);
+                return Err(error);
             }
-            self.sync().await?;
+            debug_assert!(!now.is_empty());
+            left = later;
         }
         Ok(())
     }
@@ -452,13 +482,6 @@ impl Refcounts {
             }
         }
         Ok(())
-    }
-
-    async fn sync(&self) -> Result<(), Error> {
-        self.file
-            .datasync()
-            .await
-            .map_err(|e| Error::io("syncing refcounts", &e))
     }
 }
 

@@ -210,8 +210,7 @@ impl Qcow2 {
             data.set_len(new)
                 .map_err(|e| Error::io("growing the data file", &e))?;
         }
-        let synced = data.datasync().await.map_err(|e| Error::io("flush", &e));
-        self.note(synced)
+        self.sync_data().await
     }
 
     /// Makes the data file as short as the device.

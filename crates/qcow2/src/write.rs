@@ -37,12 +37,21 @@ impl Qcow2 {
     async fn write_in_place(&self, buf: IoBuf, at: u64, run: Run) -> Result<usize, Error> {
         let len = buf.len();
         if let Some(place) = self.resolve(at, run.len, Access::Write) {
-            let written = place.file.write(buf, place.offset).await;
+            let written = self.failure.whole(place.file.write(buf, place.offset)).await;
             written.map_err(|e| Error::io("write", &e))?;
             return Ok(len);
         }
         self.check_failed()?;
-        self.check_overlap(run.offset, run.len).await?;
+        let broken = {
+            // What was looked up before may have been freed since, and hold metadata by good right.
+            let _pin = self.grace.pin();
+            let again = self.run(at, run.len).await?;
+            let same = again.offset == run.offset && again.kind == run.kind;
+            same && self.overlap(run.offset, run.len).is_some()
+        };
+        if broken {
+            self.check_overlap(run.offset, run.len).await?;
+        }
         Ok(0)
     }
 
@@ -73,7 +82,7 @@ impl Qcow2 {
     async fn write_new(&self, buf: IoBuf, at: u64) -> Result<usize, Error> {
         let bits = self.cluster_bits;
         let first = at >> bits;
-        let end = (at + buf.len() as u64 - 1 >> bits) + 1;
+        let end = ((at + buf.len() as u64 - 1) >> bits) + 1;
         let most = (PIECE >> bits).max(1);
         let slice_end = (first | (self.l2.entries() - 1)) + 1;
         let range = first..end.min(first + most).min(slice_end);
@@ -101,15 +110,22 @@ impl Qcow2 {
         let written = self
             .fill_new(&buf, at, &old[..count as usize], host.start << bits)
             .await;
-        let named = match written {
-            Ok(len) => self.name_new(first, &host).await.map(|()| len),
+        let mut meta = self.lock().await;
+        let ready = match written {
+            Ok(len) => self.own_table_of(&mut meta, first).await.map(|_| len),
             Err(error) => Err(error),
         };
-        if named.is_err() && self.data.is_none() {
-            // They are not zeros any more.
-            self.lock().await.pending.push(host);
+        if ready.is_err() && self.data.is_none() {
+            // Nothing names them, but they are not zeros any more.
+            meta.pending.push(host);
+            return ready;
         }
-        named
+        let len = ready?;
+        let entries: Vec<Entry> = host
+            .map(|cluster| self.codec.data(cluster << self.cluster_bits))
+            .collect();
+        self.set_entries(&mut meta, first, &entries).await?;
+        Ok(len)
     }
 
     /// Gives a cluster of the image's own, of which only some subclusters are there, all of them.
@@ -127,15 +143,12 @@ impl Qcow2 {
             if there > 0 {
                 self.read(buf.slice(0..there), at).await?;
             }
-            let written = self.data_file().write(buf, old.offset() + part * size).await;
+            let to = old.offset() + part * size;
+            // Others could soon be writing there.
+            let written = self.failure.whole(self.data_file().write(buf, to)).await;
             written.map_err(|e| Error::io("write", &e))?;
         }
-        let synced = self
-            .data_file()
-            .datasync()
-            .await
-            .map_err(|e| Error::io("write", &e));
-        self.note(synced)?;
+        self.sync_data().await?;
         let mut meta = self.lock().await;
         self.set_entries(&mut meta, cluster, &[self.codec.data(old.offset())])
             .await
@@ -163,17 +176,11 @@ impl Qcow2 {
             replaces |= !self.reads_zero(*entry, start + index as u64 * self.cluster_size());
         }
         self.copy_old(start..at, to(start), old[0]).await?;
-        let written = self.data_file().write(buf.slice(0..len as usize), to(at)).await;
-        written.map_err(|e| Error::io("write", &e))?;
+        self.write_data(buf.slice(0..len as usize), to(at)).await?;
         self.copy_old(at + len..end, to(at + len), old[old.len() - 1])
             .await?;
         if replaces || self.data.is_some() {
-            let synced = self
-                .data_file()
-                .datasync()
-                .await
-                .map_err(|e| Error::io("write", &e));
-            self.note(synced)?;
+            self.sync_data().await?;
         }
         Ok(len as usize)
     }
@@ -208,16 +215,17 @@ impl Qcow2 {
         if !zero && there > 0 {
             self.read(buf.slice(0..there), range.start).await?;
         }
-        let written = self.data_file().write(buf, to).await;
-        written.map_err(|e| Error::io("write", &e))
+        self.write_data(buf, to).await
     }
 
-    async fn name_new(&self, first: u64, host: &Range<u64>) -> Result<(), Error> {
-        let entries: Vec<Entry> = host
-            .clone()
-            .map(|cluster| self.codec.data(cluster << self.cluster_bits))
-            .collect();
-        let mut meta = self.lock().await;
-        self.set_entries(&mut meta, first, &entries).await
+    /// Writes to clusters that nothing names yet.
+    async fn write_data(&self, buf: IoBuf, to: u64) -> Result<(), Error> {
+        let write = self.data_file().write(buf, to);
+        let written = match self.data {
+            // In a file of its own it is the place of that part of the device for good.
+            Some(_) => self.failure.whole(write).await,
+            None => write.await,
+        };
+        written.map_err(|e| Error::io("write", &e))
     }
 }

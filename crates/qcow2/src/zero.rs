@@ -91,17 +91,16 @@ impl Qcow2 {
         for run in left {
             let (start, end) = (run.start << self.cluster_bits, run.end << self.cluster_bits);
             // Where the file system cannot, the space stays.
-            let _ = self.data_file().punch_hole(start, end - start).await;
+            let punched = self.data_file().punch_hole(start, end - start);
+            let _ = self.failure.whole(punched).await;
         }
         Ok(())
     }
 
     /// A raw data file must say the same as the image.
     async fn zero_raw(&self, range: Range<u64>) -> Result<(), Error> {
-        let zeroed = self
-            .data_file()
-            .zero_range(range.start, range.end - range.start)
-            .await;
+        let zeroed = self.data_file().zero_range(range.start, range.end - range.start);
+        let zeroed = self.failure.whole(zeroed).await;
         zeroed.map_err(|e| Error::io("write zeroes", &e))
     }
 

@@ -407,3 +407,25 @@ fn a_cluster_that_the_end_cuts_is_written() {
     });
     setup.judge_by_qemu();
 }
+
+/// Every piece of it that is mapped takes its clusters from what was taken for the whole.
+#[test]
+fn a_large_range_is_mapped_without_more_space_than_it_needs() {
+    let size = 64 << 30;
+    let setup = Setup {
+        unit: 512,
+        dir: tempfile::tempdir().unwrap(),
+        layout: layout(2 << 20, size),
+        model: Vec::new(),
+        backing: false,
+    };
+    let file = setup.file("image.qcow2");
+    block_on(async {
+        create(&file, None, &setup.layout).await.unwrap();
+        let image = setup.open(false).await;
+        image.map_ahead(0..size).await.unwrap();
+        let len = file.len().unwrap();
+        assert!(len < size + size / 8, "{len} bytes for {size}");
+        image.close().await.unwrap();
+    });
+}

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test uses its part")]
 
 pub mod crash;
+pub mod device;
 pub mod power;
 pub mod qemu;
 
