@@ -11,6 +11,7 @@ use std::time::SystemTime;
 
 use support::crash::{Bytes, Disk};
 use support::power::{Below, Contents, MARK, open, take_apart};
+use support::qemu::Qemu;
 use support::{Rng, block_on};
 use zbdkit_io::IoBuf;
 use zbdkit_qcow2::{Backing, Error, Header, Layout, Preallocation, Qcow2, create};
@@ -125,11 +126,41 @@ impl Case {
             }
         }
         assert!(olds > 0 && news > 0, "{}: {olds} old, {news} new", self.what);
+        if let Some(qemu) = Qemu::find() {
+            for _ in 0..2 {
+                let moment = disk.some_moment(&mut self.rng);
+                qemu_repairs(&qemu, &disk.power_cut(moment, &mut self.rng), &self.what);
+            }
+        }
         println!(
             "{}: {olds} states were the old one, {news} the new one",
             self.what
         );
     }
+}
+
+/// QEMU finds no more harm than we do, and what it repairs is without fault then.
+fn qemu_repairs(qemu: &Qemu, left: &Bytes, what: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image.qcow2");
+    std::fs::write(&path, left.to_vec()).unwrap();
+    // Nobody reads it, but it must be there.
+    std::fs::write(dir.path().join("below"), [0; 512]).unwrap();
+    let name = path.to_str().unwrap();
+    let said = qemu.try_img(&["check", "-f", "qcow2", name]);
+    let harmless = |line: &str| {
+        line.starts_with("Leaked cluster") || line.contains("OFLAG_COPIED") && line.ends_with("refcount=1")
+    };
+    let is_finding = |line: &&str| line.contains("refcount=") || line.starts_with("ERROR");
+    let harm: Vec<&str> = said
+        .text
+        .lines()
+        .filter(is_finding)
+        .filter(|line| !harmless(line))
+        .collect();
+    assert!(harm.is_empty(), "{what}: QEMU finds {harm:?}");
+    qemu.try_img(&["check", "-f", "qcow2", "-r", "all", name]);
+    qemu.check(&path);
 }
 
 /// Says in what way contents are neither.
