@@ -46,11 +46,19 @@ impl Image {
     }
 
     fn entry(&self, cluster: u64) -> u64 {
-        word(&self.bytes, self.l2() + cluster * 8)
+        self.entry_at(self.header.l1_offset, cluster)
     }
 
     fn set_entry(&mut self, cluster: u64, entry: u64) {
-        let at = self.l2() + cluster * 8;
+        self.set_entry_at(self.header.l1_offset, cluster, entry);
+    }
+
+    fn entry_at(&self, l1: u64, cluster: u64) -> u64 {
+        word(&self.bytes, (word(&self.bytes, l1) & OFFSET) + cluster * 8)
+    }
+
+    fn set_entry_at(&mut self, l1: u64, cluster: u64, entry: u64) {
+        let at = (word(&self.bytes, l1) & OFFSET) + cluster * 8;
         set_word(&mut self.bytes, at, entry);
     }
 
@@ -454,6 +462,29 @@ fn a_rebuilt_structure_counts_itself_where_blocks_are_small() {
     image.expect(Class::Corruptions, "refcount=0 reference=1", Class::Clean);
     let header = Header::decode(&image.bytes, image.bytes.len() as u64).unwrap();
     assert!(header.refcount_table_clusters > 1);
+}
+
+#[test]
+fn a_rebuilt_structure_lies_behind_what_reaches_past_the_end_of_the_file() {
+    let mut image = Image::plain();
+    let c = image.cluster();
+    // The L1 table begins in the last cluster of the file and ends behind it, which is no error.
+    let last = image.bytes.len() as u64 / c;
+    let l1 = last * c;
+    let table = image.bytes[image.header.l1_offset as usize..][..8].to_vec();
+    image.bytes.resize((l1 + c - 8) as usize, 0);
+    image.bytes[l1 as usize..l1 as usize + 8].copy_from_slice(&table);
+    set_word(&mut image.bytes, 40, l1);
+    image.bytes[36..40].copy_from_slice(&(2 * c as u32 / 8 - 2).to_be_bytes());
+    // Something is not known, and the structure is damaged.
+    let entry = image.entry_at(l1, 3);
+    image.set_entry_at(l1, 3, entry | 1 << 40);
+    let at = image.header.refcount_table_offset;
+    set_word(&mut image.bytes, at, 1 << 40);
+    let report = image.check(Repair::All);
+    let header = Header::decode(&image.bytes, image.bytes.len() as u64).unwrap();
+    assert!(header.refcount_table_offset >= l1 + 2 * c, "{report:?}");
+    assert_eq!((report.corruptions, report.check_errors), (1, 0), "{report:?}");
 }
 
 #[test]

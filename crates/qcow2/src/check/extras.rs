@@ -107,7 +107,7 @@ impl References {
             return;
         };
         let (offset, size) = (bitmaps.directory_offset.get(), bitmaps.directory_size.get());
-        if self.mark(image, found, (offset, size), 1, Use::Bitmap) != Marked::Alone {
+        if self.mark(image, found, (offset, size), 1, Use::Bitmap) == Marked::Outside {
             found.error(format_args!("ERROR the bitmap directory cannot be read"));
             self.incomplete = true;
             return;

@@ -133,9 +133,12 @@ pub async fn rebuild(
     snapshots: (u64, Option<Vec<u8>>),
 ) -> Result<bool, Error> {
     // What lies behind the last reference is only counted; but what is counted may be all that is left of something.
-    let start = match refs.counts.highest() {
-        Some(last) if !refs.incomplete => last + 1,
-        _ => image.len.div_ceil(image.cluster_size()),
+    // References may reach behind the end of the file, less than a cluster.
+    let used = refs.counts.highest().map_or(0, |last| last + 1);
+    let start = if refs.incomplete {
+        used.max(image.len.div_ceil(image.cluster_size()))
+    } else {
+        used
     };
     let (old_len, new) = snapshots;
     let cluster_size = image.cluster_size();

@@ -278,7 +278,11 @@ impl<'a> Window<'a> {
         })?;
         if end > self.held_at + self.held.len() as u64 {
             let n = WINDOW.min(self.file_len.saturating_sub(self.at)).max(len as u64);
-            self.held = read_at(self.file, self.at, n as usize).await?;
+            self.held = if self.at < self.file_len {
+                read_at(self.file, self.at, n as usize).await?
+            } else {
+                vec![0; len]
+            };
             self.held_at = self.at;
         }
         let from = (self.at - self.held_at) as usize;
