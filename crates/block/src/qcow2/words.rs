@@ -212,7 +212,7 @@ mod tests {
             "Zone 1 has write pointer 0x4000201 that is not sector aligned"
         );
         assert_eq!(
-            fault(2, 2 * ZONE | 1 << 63),
+            fault(2, (2 * ZONE) | (1 << 63)),
             "Zone 2 contradicts the header, which declares the first 1 zones conventional"
         );
         assert_eq!(
