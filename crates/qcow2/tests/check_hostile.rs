@@ -229,9 +229,9 @@ proptest! {
             // Words that look like entries more often than not.
             let word = match rng.below(8) {
                 0 => rng.word(),
-                1 => rng.below(clusters) * c | COPIED,
+                1 => (rng.below(clusters) * c) | COPIED,
                 2 => rng.below(clusters) * c,
-                3 => rng.below(clusters) * c | 1 << 62,
+                3 => (rng.below(clusters) * c) | (1 << 62),
                 4 => 0x0001_0001_0001_0001,
                 _ => 0,
             };

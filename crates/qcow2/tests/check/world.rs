@@ -6,6 +6,8 @@ use std::time::SystemTime;
 use zbdkit_io::{File, IoBuf};
 use zbdkit_qcow2::{CheckReport, Error, Header, Layout, Options, Qcow2, Repair, create};
 
+use super::{Class, Counts};
+
 use crate::support::block_on;
 use crate::support::crash::Disk;
 
@@ -100,4 +102,112 @@ pub fn word(bytes: &[u8], at: u64) -> u64 {
 /// Changes a word of bytes.
 pub fn set_word(bytes: &mut [u8], at: u64, word: u64) {
     bytes[at as usize..][..8].copy_from_slice(&word.to_be_bytes());
+}
+
+/// The flag of entries whose cluster may be written in place.
+pub const COPIED: u64 = 1 << 63;
+/// The bits of an entry that hold an offset.
+pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// A layout with a device of 100 clusters.
+pub fn layout(cluster_bits: u32, refcount_bits: u32) -> Layout {
+    Layout {
+        size: (1 << cluster_bits) * 100,
+        cluster_size: 1 << cluster_bits,
+        refcount_bits,
+        ..Layout::default()
+    }
+}
+
+/// An image and where its parts lie.
+pub struct Image {
+    pub bytes: Vec<u8>,
+    pub header: Header,
+}
+
+impl Image {
+    pub fn new(layout: &Layout) -> Image {
+        let bytes = image(layout);
+        let header = Header::decode(&bytes, bytes.len() as u64).unwrap();
+        Image { bytes, header }
+    }
+
+    pub fn plain() -> Image {
+        Image::new(&layout(12, 16))
+    }
+
+    pub fn cluster(&self) -> u64 {
+        self.header.cluster_size()
+    }
+
+    /// Where the first active L2 table lies.
+    pub fn l2(&self) -> u64 {
+        word(&self.bytes, self.header.l1_offset) & OFFSET
+    }
+
+    pub fn entry(&self, cluster: u64) -> u64 {
+        self.entry_at(self.header.l1_offset, cluster)
+    }
+
+    pub fn set_entry(&mut self, cluster: u64, entry: u64) {
+        self.set_entry_at(self.header.l1_offset, cluster, entry);
+    }
+
+    pub fn entry_at(&self, l1: u64, cluster: u64) -> u64 {
+        word(&self.bytes, (word(&self.bytes, l1) & OFFSET) + cluster * 8)
+    }
+
+    pub fn set_entry_at(&mut self, l1: u64, cluster: u64, entry: u64) {
+        let at = (word(&self.bytes, l1) & OFFSET) + cluster * 8;
+        set_word(&mut self.bytes, at, entry);
+    }
+
+    pub fn block(&self) -> u64 {
+        word(&self.bytes, self.header.refcount_table_offset)
+    }
+
+    /// A cluster's refcount of 16 bits.
+    pub fn count(&self, cluster: u64) -> u16 {
+        let at = (self.block() + cluster * 2) as usize;
+        u16::from_be_bytes(self.bytes[at..at + 2].try_into().unwrap())
+    }
+
+    pub fn set_count(&mut self, cluster: u64, count: u16) {
+        let at = (self.block() + cluster * 2) as usize;
+        self.bytes[at..at + 2].copy_from_slice(&count.to_be_bytes());
+    }
+
+    pub fn set_incompatible(&mut self, bits: u64) {
+        set_word(&mut self.bytes, 72, bits);
+    }
+
+    pub fn incompatible(&self) -> u64 {
+        word(&self.bytes, 72)
+    }
+
+    pub fn check(&mut self, repair: Repair) -> CheckReport {
+        self.check_with(&Areas::new(), repair)
+    }
+
+    pub fn check_with(&mut self, areas: &Areas, repair: Repair) -> CheckReport {
+        check(&mut self.bytes, areas, repair).unwrap()
+    }
+
+    /// Expects such a finding, and that a repair of all leaves this.
+    pub fn expect(&mut self, class: Class, said: &str, after: Class) {
+        let before = contents(&self.bytes);
+        let report = self.check(Repair::None);
+        assert_eq!(Counts::from(&report).class(), class, "{report:?}");
+        assert!(
+            report.messages.iter().any(|line| line.contains(said)),
+            "{report:?}"
+        );
+        let report = self.check(Repair::All);
+        assert_eq!(Counts::from(&report).class(), after, "{report:?}");
+        let again = self.check(Repair::None);
+        assert_eq!(Counts::from(&again), Counts::from(&report));
+        if after == Class::Clean && before.is_some() {
+            assert!(contents(&self.bytes) == before, "a repair changed what is read");
+        }
+    }
 }
