@@ -88,7 +88,7 @@ impl Qcow2 {
         };
         let mut meta = self.lock().await;
         self.check_snapshots(&meta.header).await?;
-        self.grow_data_file(old, size).await?;
+        let data_len = self.grow_data_file(old, size).await?;
         let tables = Tables::new(&self.file, &meta.header);
         let old_l1 = (meta.header.l1_offset, 8 * u64::from(meta.header.l1_size));
         let mut draft = Draft::default();
@@ -105,6 +105,10 @@ impl Qcow2 {
                 .tail
                 .into_iter()
                 .for_each(|cluster| meta.free(cluster..cluster + 1));
+            if let (Some(data), Some(len)) = (&self.data, data_len) {
+                // Longer than the device, it is of no harm either.
+                let _ = data.set_len(len);
+            }
             return Err(error);
         }
         self.let_go_old(&mut meta, &tables, draft, size, old_l1).await?;
@@ -192,10 +196,10 @@ impl Qcow2 {
         })
     }
 
-    /// Makes the data file as long as a larger device, with zeros in what is grown.
-    async fn grow_data_file(&self, old: u64, new: u64) -> Result<(), Error> {
+    /// Makes the data file as long as a larger device, with zeros in what is grown. How long it was, if it is longer now.
+    async fn grow_data_file(&self, old: u64, new: u64) -> Result<Option<u64>, Error> {
         let Some(data) = self.data.as_ref().filter(|_| new > old) else {
-            return Ok(());
+            return Ok(None);
         };
         let len = data
             .len()
@@ -210,7 +214,8 @@ impl Qcow2 {
             data.set_len(new)
                 .map_err(|e| Error::io("growing the data file", &e))?;
         }
-        self.sync_data().await
+        self.sync_data().await?;
+        Ok((len < new).then_some(len))
     }
 
     /// Makes the data file as short as the device.
