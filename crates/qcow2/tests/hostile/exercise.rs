@@ -62,14 +62,16 @@ impl Subject {
     }
 }
 
-/// Does everything with an image; the generator decides with which arguments.
-pub async fn exercise(subject: &Subject, rng: &mut Rng) {
+/// Does everything with an image; the generator decides with which arguments. Whether it could be opened for writing.
+pub async fn exercise(subject: &Subject, rng: &mut Rng) -> bool {
     read(subject, rng).await;
     look(subject).await;
+    let mut opened = false;
     for _ in 0..2 {
-        change(&subject.copy(), rng).await;
+        opened |= change(&subject.copy(), rng).await;
     }
     repair(subject, rng).await;
+    opened
 }
 
 /// Opens it read-only, reads and maps.
@@ -126,9 +128,9 @@ async fn look(subject: &Subject) {
 }
 
 /// Opens it for writing and does everything that changes it.
-async fn change(subject: &Subject, rng: &mut Rng) {
+async fn change(subject: &Subject, rng: &mut Rng) -> bool {
     let Ok(image) = subject.open(false, rng).await else {
-        return;
+        return false;
     };
     for _ in 0..10 + rng.below(20) {
         match rng.below(16) {
@@ -166,6 +168,7 @@ async fn change(subject: &Subject, rng: &mut Rng) {
     }
     drop(image);
     guest_is_contained(&subject.image).await;
+    true
 }
 
 async fn create_snapshot(image: &Qcow2, rng: &mut Rng) -> Result<(), Error> {

@@ -8,6 +8,7 @@ mod forge;
 mod memory;
 mod random;
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -66,11 +67,21 @@ fn limited(seed: u64, case: impl AsyncFnOnce(&mut Rng)) {
     watchdog.join().unwrap();
 }
 
+/// How many forgeries were refused, and how many were used.
+static OPENED: [AtomicU32; 2] = [const { AtomicU32::new(0) }; 2];
+
 /// What a seed of the structured forgeries does.
 async fn forged(rng: &mut Rng) {
     let subject = forge::valid(rng).await;
     forge::forge(&subject.image, rng).await;
-    exercise(&subject, rng).await;
+    let opened = exercise(&subject, rng).await;
+    OPENED[usize::from(opened)].fetch_add(1, Ordering::Relaxed);
+    // Both are many, or little was tried.
+    let [refused, used] = OPENED.each_ref().map(|count| count.load(Ordering::Relaxed));
+    assert!(
+        refused + used < 100 || refused.min(used) * 10 > refused + used,
+        "{refused} refused, {used} used"
+    );
 }
 
 proptest! {
@@ -120,7 +131,7 @@ fn an_image_that_nobody_forged_takes_everything() {
                 "{:?}",
                 report.messages
             );
-            exercise(&subject, rng).await;
+            assert!(exercise(&subject, rng).await);
         });
     }
 }

@@ -8,6 +8,7 @@
 
 pub mod content;
 pub mod damage;
+pub mod forged;
 pub mod hand;
 pub mod layout;
 pub mod ours;
