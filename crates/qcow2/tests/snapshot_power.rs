@@ -20,7 +20,7 @@ use zbdkit_qcow2::{Backing, Error, Header, Layout, Preallocation, Qcow2, create}
 fn chances() -> u64 {
     match std::env::var_os("ZBDKIT_LONG") {
         Some(_) => 200,
-        None => 4,
+        None => 3,
     }
 }
 
