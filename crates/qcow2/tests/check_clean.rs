@@ -1,4 +1,6 @@
 //! Images that QEMU made have no finding, and both checks count the same in them.
+//!
+//! With `ZBDKIT_CHECK_CASES` set, of all cluster sizes.
 
 mod check;
 mod support;
@@ -26,7 +28,8 @@ fn agree(qemu: &Qemu, kind: Kind) {
 fn images_of_every_cluster_size_and_refcount_width_are_clean() {
     let Some(qemu) = Qemu::find() else { return };
     let mut feature = FEATURES.iter().cycle();
-    for cluster_bits in [9, 10, 12, 14, 16, 18, 21] {
+    let all = std::env::var_os("ZBDKIT_CHECK_CASES").is_some();
+    for cluster_bits in (9..=21).filter(|bits| all || [9, 12, 16, 21].contains(bits)) {
         for width in 0..=6 {
             let kind = |feature: &Feature| Kind {
                 cluster_size: 1 << cluster_bits,

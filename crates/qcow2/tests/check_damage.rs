@@ -47,7 +47,7 @@ fn both_checks_judge_damage_alike() {
             (kind, bytes, map)
         })
         .collect();
-    let cases: u64 = std::env::var("ZBDKIT_CHECK_CASES").map_or(60, |n| n.parse().unwrap());
+    let cases: u64 = std::env::var("ZBDKIT_CHECK_CASES").map_or(40, |n| n.parse().unwrap());
     let first: u64 = std::env::var("ZBDKIT_CHECK_SEED").map_or(1, |n| n.parse().unwrap());
     let mut wrong = Vec::new();
     for seed in first..first + cases {

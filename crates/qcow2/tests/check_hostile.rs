@@ -187,7 +187,7 @@ fn damaged(seed: u64) -> (Vec<u8>, Vec<u8>, String) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     #[test]
     fn damage_neither_panics_nor_comes_back_after_a_repair(seed: u64) {
