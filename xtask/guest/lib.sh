@@ -51,6 +51,14 @@ zone() {
 		while read -r wptr condition; do echo "$((16#$wptr)) $condition"; done
 }
 
+# zones: a line "NUMBER WPTR CONDITION" for each zone; open ones as closed, which a restart makes of them.
+zones() {
+	local z
+	for ((z = 0; z < SIZE_MB / ZONE_MB; z++)); do
+		echo "$z $(zone $z | sed 's/ o[ie]$/ cl/')"
+	done
+}
+
 # put FILE ZONE OFFSET: writes FILE, whole blocks of 4 KiB, at OFFSET bytes into ZONE, past the page cache.
 put() {
 	local bs=64k

@@ -26,8 +26,8 @@ impl HandedOn {
 /// How many states the long crash run judges, campaign by campaign.
 #[derive(Debug, Args)]
 pub struct Crash {
-    /// States for each campaign
-    #[arg(long, default_value_t = 20_000)]
+    /// States for each campaign, of which there are some fifty
+    #[arg(long, default_value_t = 10_000)]
     states: u64,
 }
 
@@ -52,6 +52,10 @@ pub fn crash(options: &Crash) -> Result<()> {
             "zbdkit-testkit",
             "--test",
             "crash",
+            "--test",
+            "crash_qcow2",
+            "--test",
+            "crash_bare",
             "--",
             "--nocapture",
         ])

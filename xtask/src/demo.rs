@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Result, bail, ensure};
-use clap::{Args, ValueEnum};
+use anyhow::{Result, ensure};
+use clap::Args;
 use tempfile::TempDir;
 
-use crate::drive::{Device, Geometry, QUEUES, Zbdkit};
+use crate::drive::{Device, Format, Geometry, QUEUES, Zbdkit};
 use crate::guest::{Guest, GuestResult};
 use crate::rig::{Rig, accel::Accel};
 use crate::ui::{heading, say};
@@ -22,29 +22,20 @@ pub struct Demo {
     #[arg(long)]
     shell: bool,
     /// The image's format
-    #[arg(long, value_enum, default_value = "raw")]
+    #[arg(long, value_enum, default_value = "qcow2")]
     format: Format,
-}
-
-/// An image format of zbdkit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// The data alone, with the zones in a table beside it
-    Raw,
-    /// Not there yet
-    Qcow2,
 }
 
 impl Demo {
     /// Plays it.
     pub fn run(self) -> Result<()> {
-        if self.format == Format::Qcow2 {
-            bail!("zbdkit cannot make zoned qcow2 images yet; use --format raw");
-        }
         heading("Getting ready");
         let zbdkit = Zbdkit::build()?;
         let rig = Rig::prepare()?;
-        let image = rig.directory.join("images/demo.raw");
+        let image = rig
+            .directory
+            .join("images/demo")
+            .with_extension(self.format.name());
         if self.shell {
             shell(&rig, &zbdkit, &image)
         } else {
@@ -130,6 +121,11 @@ pub fn story(rig: &Rig, zbdkit: &Zbdkit, image: &Path, name: &str, stream: bool)
     let result = second.run()?.check()?;
     ensure!(result.output.contains(&hello), "the file's content was not shown");
     daemon.stop()?;
+    if Format::of(image) == Format::Qcow2 {
+        tell("The image is whole: data, zones and the space that they take");
+        show(stream, &format!("zbdkit check {}", file_name(image)));
+        zbdkit.check(image, false)?;
+    }
     tell("Done: the file was there, the file system is clean, and each step was checked");
     Ok(result)
 }

@@ -3,6 +3,7 @@
 //! A guest job is a script that runs in a guest on a new drive of a stated geometry. Its exit status
 //! says whether it passed, its output why not.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
 use crate::demo::{self, log_of, socket_directory};
-use crate::drive::{Device, Geometry, Zbdkit, remove_image};
+use crate::drive::{Device, Format, Geometry, Zbdkit, remove_image};
 use crate::guest::Guest;
 use crate::proc::{self, Running};
 use crate::rig::Rig;
@@ -28,6 +29,9 @@ pub struct Test {
     /// What the guest jobs run on: null_blk checks the jobs themselves
     #[arg(long, value_enum, default_value = "zbdkit")]
     device: Device,
+    /// The format of the images that the guest jobs run on; without it, what each job names
+    #[arg(long, value_enum)]
+    format: Option<Format>,
     /// Shows the guests' output as it comes
     #[arg(long, short)]
     verbose: bool,
@@ -47,6 +51,17 @@ enum Play {
     Story,
     /// The daemon is killed while the first script runs; the second checks what is left.
     Kill(&'static str, &'static str),
+    /// What the first script left is put aside, the second script changes it, and the third must find it as it was.
+    Back(Way, [&'static str; 3]),
+}
+
+/// How a drive's state is put aside, and brought back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// A snapshot in the image is made, and applied.
+    Snapshot,
+    /// The changes go to an overlay, and the image below it is served again.
+    Overlay,
 }
 
 #[derive(Debug)]
@@ -56,8 +71,13 @@ struct Job {
     geometry: Geometry,
     memory: u32,
     minutes: u64,
+    formats: &'static [Format],
     play: Play,
 }
+
+/// Most jobs: what format the image has does not show.
+const USUAL: &[Format] = &[Format::Qcow2];
+const BOTH: &[Format] = &[Format::Qcow2, Format::Raw];
 
 const SMALL_ZONES: Geometry = Geometry {
     size: 1024,
@@ -88,6 +108,12 @@ macro_rules! script {
     };
 }
 
+const BACK: [&str; 3] = [
+    script!("back-first"),
+    script!("back-second"),
+    script!("back-third"),
+];
+
 const JOBS: &[Job] = &[
     Job {
         name: "lsblk",
@@ -95,6 +121,7 @@ const JOBS: &[Job] = &[
         geometry: Geometry::DEMO,
         memory: 1024,
         minutes: 5,
+        formats: BOTH,
         play: Play::Script(script!("lsblk")),
     },
     Job {
@@ -103,6 +130,7 @@ const JOBS: &[Job] = &[
         geometry: SMALL_ZONES,
         memory: 1024,
         minutes: 10,
+        formats: USUAL,
         play: Play::Script(script!("fio-zbd-verify")),
     },
     Job {
@@ -111,6 +139,7 @@ const JOBS: &[Job] = &[
         geometry: Geometry::DEMO,
         memory: 1024,
         minutes: 5,
+        formats: USUAL,
         play: Play::Script(script!("zonefs")),
     },
     Job {
@@ -124,6 +153,7 @@ const JOBS: &[Job] = &[
         },
         memory: 1024,
         minutes: 10,
+        formats: USUAL,
         play: Play::Script(script!("btrfs")),
     },
     Job {
@@ -132,6 +162,7 @@ const JOBS: &[Job] = &[
         geometry: WITH_CONVENTIONAL,
         memory: 1024,
         minutes: 10,
+        formats: USUAL,
         play: Play::Script(script!("f2fs")),
     },
     Job {
@@ -140,6 +171,7 @@ const JOBS: &[Job] = &[
         geometry: FOR_DM_ZONED,
         memory: 1024,
         minutes: 10,
+        formats: USUAL,
         play: Play::Script(script!("dm-zoned")),
     },
     Job {
@@ -148,6 +180,7 @@ const JOBS: &[Job] = &[
         geometry: Geometry::DEMO,
         memory: 1024,
         minutes: 10,
+        formats: BOTH,
         play: Play::Story,
     },
     Job {
@@ -156,7 +189,26 @@ const JOBS: &[Job] = &[
         geometry: SMALL_ZONES,
         memory: 1024,
         minutes: 10,
+        formats: BOTH,
         play: Play::Kill(script!("kill-first"), script!("kill-second")),
+    },
+    Job {
+        name: "snapshot",
+        about: "a snapshot of a drive with btrfs brings its files and its zones back",
+        geometry: Geometry::DEMO,
+        memory: 1024,
+        minutes: 5,
+        formats: USUAL,
+        play: Play::Back(Way::Snapshot, BACK),
+    },
+    Job {
+        name: "overlay",
+        about: "an overlay begins with the files and zones of the drive below, and never changes it",
+        geometry: Geometry::DEMO,
+        memory: 1024,
+        minutes: 5,
+        formats: BOTH,
+        play: Play::Back(Way::Overlay, BACK),
     },
 ];
 
@@ -211,7 +263,8 @@ impl Test {
                 say(&format!("{name:16} cargo {}", arguments.join(" ")));
             }
             for job in JOBS {
-                say(&format!("{:16} {}", job.name, job.about));
+                let formats: Vec<_> = job.formats.iter().map(|format| format.name()).collect();
+                say(&format!("{:16} {} ({})", job.name, job.about, formats.join(", ")));
             }
             return Ok(());
         }
@@ -245,63 +298,102 @@ impl Test {
         };
         let rig = Rig::prepare()?;
         for job in jobs {
-            heading(&format!("{}: {}", job.name, job.about));
-            tally.run(job.name, || self.run_job(&rig, zbdkit.as_ref(), job));
+            for (format, name) in self.variants(job) {
+                heading(&format!("{name}: {}", job.about));
+                tally.run(&name, || self.run_job(&rig, zbdkit.as_ref(), job, format, &name));
+            }
         }
         Ok(())
     }
 
-    fn run_job(&self, rig: &Rig, zbdkit: Option<&Zbdkit>, job: &Job) -> Result<()> {
+    /// The formats that a job runs on, and what it is called there: null_blk has none.
+    fn variants(&self, job: &Job) -> Vec<(Format, String)> {
+        if self.device != Device::Zbdkit {
+            return vec![(Format::Raw, job.name.to_owned())];
+        }
+        let formats = match (self.format, job.play) {
+            // Only qcow2 has snapshots.
+            (Some(Format::Raw), Play::Back(Way::Snapshot, _)) => Vec::new(),
+            (Some(format), _) => vec![format],
+            (None, _) => job.formats.to_vec(),
+        };
+        let named = |format: Format| (format, format!("{}-{}", job.name, format.name()));
+        formats.into_iter().map(named).collect()
+    }
+
+    fn run_job(
+        &self,
+        rig: &Rig,
+        zbdkit: Option<&Zbdkit>,
+        job: &Job,
+        format: Format,
+        name: &str,
+    ) -> Result<()> {
         let Some(zbdkit) = zbdkit else {
             let Play::Script(script) = job.play else {
-                bail!("{} needs zbdkit", job.name)
+                bail!("{name} needs zbdkit")
             };
-            return self.guest(rig, job, "", script).run()?.check().map(drop);
+            return self.guest(rig, job, name, script).run()?.check().map(drop);
         };
-        let image = rig.directory.join("images").join(format!("{}.raw", job.name));
+        let image = rig
+            .directory
+            .join("images")
+            .join(name)
+            .with_extension(format.name());
+        let on = On {
+            rig,
+            zbdkit,
+            job,
+            name,
+            image: &image,
+        };
         match job.play {
-            Play::Script(script) => self.on_drive(rig, zbdkit, job, &image, script)?,
-            Play::Story => demo::story(rig, zbdkit, &image, job.name, self.verbose).map(drop)?,
-            Play::Kill(first, second) => self.kill(rig, zbdkit, job, &image, (first, second))?,
+            Play::Script(script) => self.on_drive(&on, script)?,
+            Play::Story => demo::story(rig, zbdkit, &image, name, self.verbose).map(drop)?,
+            Play::Kill(first, second) => self.kill(&on, (first, second))?,
+            Play::Back(way, scripts) => self.back(&on, way, scripts)?,
         }
         // A failed job's image stays for a look at it.
         remove_image(&image)
     }
 
     /// One guest on a new drive; the daemon must outlive it and end cleanly.
-    fn on_drive(
+    fn on_drive(&self, on: &On<'_>, script: &str) -> Result<()> {
+        on.zbdkit.create(on.image, &on.job.geometry)?;
+        self.boot(on, on.image, "", script, None)?;
+        on.zbdkit.check(on.image, false)
+    }
+
+    /// Serves `image` to one guest, which may see what an earlier one shared; returns what it shares itself.
+    fn boot(
         &self,
-        rig: &Rig,
-        zbdkit: &Zbdkit,
-        job: &Job,
-        image: &std::path::Path,
+        on: &On<'_>,
+        image: &Path,
+        part: &str,
         script: &str,
-    ) -> Result<()> {
+        share: Option<&Path>,
+    ) -> Result<PathBuf> {
         let sockets = socket_directory()?;
-        zbdkit.create(image, &job.geometry)?;
-        let daemon = zbdkit.serve(image, &sockets.path().join("z.sock"), &log_of(rig, job.name)?)?;
-        let mut guest = self.guest(rig, job, "", script);
+        let socket = sockets.path().join("z.sock");
+        let daemon = on.zbdkit.serve(image, &socket, &log_of(on.rig, on.name)?)?;
+        let mut guest = self.guest(on.rig, on.job, &format!("{}{part}", on.name), script);
         guest.drives = vec![daemon.drive()];
+        guest.share = share.map(Path::to_owned);
         let result = guest.run()?;
         let stopped = daemon.stop();
+        let shared = share.map_or_else(|| result.logs.join("share"), Path::to_owned);
         result.check()?;
-        stopped
+        stopped?;
+        Ok(shared)
     }
 
     /// The daemon dies while a guest writes; the guest is cut off too; another one checks the drive.
-    fn kill(
-        &self,
-        rig: &Rig,
-        zbdkit: &Zbdkit,
-        job: &Job,
-        image: &std::path::Path,
-        scripts: (&str, &str),
-    ) -> Result<()> {
+    fn kill(&self, on: &On<'_>, scripts: (&str, &str)) -> Result<()> {
         let sockets = socket_directory()?;
-        let (socket, log) = (sockets.path().join("z.sock"), log_of(rig, job.name)?);
-        zbdkit.create(image, &job.geometry)?;
-        let daemon = zbdkit.serve(image, &socket, &log)?;
-        let mut first = self.guest(rig, job, "-first", scripts.0);
+        let (socket, log) = (sockets.path().join("z.sock"), log_of(on.rig, on.name)?);
+        on.zbdkit.create(on.image, &on.job.geometry)?;
+        let daemon = on.zbdkit.serve(on.image, &socket, &log)?;
+        let mut first = self.guest(on.rig, on.job, &format!("{}-first", on.name), scripts.0);
         first.drives = vec![daemon.drive()];
         let running = first.start()?;
         running
@@ -309,23 +401,58 @@ impl Test {
             .context("the writers did not get going")?;
         daemon.kill()?;
         let cut = running.kill()?;
-        let daemon = zbdkit.serve(image, &socket, &log)?;
-        let mut second = self.guest(rig, job, "-second", scripts.1);
-        second.drives = vec![daemon.drive()];
-        second.share = Some(cut.logs.join("share"));
-        let result = second.run()?;
-        let stopped = daemon.stop();
-        result.check()?;
-        stopped
+        on.zbdkit.check(on.image, true)?;
+        let share = cut.logs.join("share");
+        self.boot(on, on.image, "-second", scripts.1, Some(&share))?;
+        on.zbdkit.check(on.image, true)
     }
 
-    fn guest<'rig>(&self, rig: &'rig Rig, job: &Job, part: &str, script: &str) -> Guest<'rig> {
-        let mut guest = Guest::new(rig, &format!("{}{part}", job.name), script);
+    /// A guest makes something, another one changes it, a third one finds it as it was.
+    fn back(&self, on: &On<'_>, way: Way, scripts: [&str; 3]) -> Result<()> {
+        on.zbdkit.create(on.image, &on.job.geometry)?;
+        let share = self.boot(on, on.image, "-first", scripts[0], None)?;
+        let overlay = on.image.with_file_name(format!("{}-over.qcow2", on.name));
+        let changed = match way {
+            Way::Snapshot => {
+                on.zbdkit.snapshot(on.image, "-c", "before")?;
+                on.image
+            }
+            Way::Overlay => {
+                on.zbdkit.create_over(&overlay, on.image)?;
+                &overlay
+            }
+        };
+        self.boot(on, changed, "-second", scripts[1], Some(&share))?;
+        on.zbdkit.check(changed, false)?;
+        if way == Way::Snapshot {
+            on.zbdkit.snapshot(on.image, "-a", "before")?;
+            on.zbdkit.check(on.image, false)?;
+        }
+        self.boot(on, on.image, "-third", scripts[2], Some(&share))?;
+        if way == Way::Snapshot {
+            on.zbdkit.snapshot(on.image, "-d", "before")?;
+        }
+        on.zbdkit.check(on.image, false)?;
+        remove_image(&overlay)
+    }
+
+    fn guest<'rig>(&self, rig: &'rig Rig, job: &Job, name: &str, script: &str) -> Guest<'rig> {
+        let mut guest = Guest::new(rig, name, script);
         guest.memory = job.memory;
         guest.timeout = Duration::from_secs(job.minutes * 60);
         guest.stream = self.verbose;
         job.geometry.give_to(guest, self.device)
     }
+}
+
+/// What a job runs on.
+struct On<'a> {
+    rig: &'a Rig,
+    zbdkit: &'a Zbdkit,
+    job: &'a Job,
+    /// The job's name with the format's.
+    name: &'a str,
+    image: &'a Path,
 }
 
 /// What needs no guest.

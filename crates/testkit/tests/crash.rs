@@ -1,107 +1,19 @@
-//! The contract of docs/durability.md, held against the zoned driver over simulated files.
-//!
-//! `ZBDKIT_CRASH_STATES=N` makes each campaign judge so many states instead of its small share; a failure prints the
-//! value of `ZBDKIT_CRASH_REPLAY` with which it can be seen alone.
+//! The contract of docs/durability.md, held against the zoned driver over simulated raw images.
 
-use zbdkit_block::{CreateOptions, RunStateMode};
-use zbdkit_testkit::crash::host::{Fault, FaultKind, Lie, Role};
-use zbdkit_testkit::crash::run::{IMAGE, Plan};
-use zbdkit_testkit::crash::suite::{Case, Crash, Effort, Tally, campaign, creation, exhaust};
+mod crash_support;
+
+use crash_support::{SEED, case, caught, failing, hold, host_aware, host_managed, many_zones, mapped};
+use zbdkit_block::RunStateMode;
+use zbdkit_testkit::crash::host::{FaultKind, Lie, Role};
+use zbdkit_testkit::crash::suite::{Case, Crash, Tally, creation, exhaust};
 use zbdkit_testkit::crash::workload::Mix;
-use zbdkit_zone::Model;
 
-/// Where the histories come from; `ZBDKIT_CRASH_SEED` gives others.
-const SEED: u64 = 0x5eed_0001;
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
-
-/// Two conventional zones and eight sequential ones of 64 KiB, 48 KiB of each to be written.
-fn host_managed() -> CreateOptions {
-    CreateOptions {
-        zone_size: Some(64 << 10),
-        zone_capacity: Some(48 << 10),
-        conventional_zones: 2,
-        max_open: Some(3),
-        max_active: 5,
-        max_append: Some(16 << 10),
-        ..CreateOptions::new(IMAGE, 640 << 10)
-    }
-}
-
-/// Eight zones of 64 KiB that may be written anywhere.
-fn host_aware() -> CreateOptions {
-    CreateOptions {
-        model: Model::HostAware,
-        zone_size: Some(64 << 10),
-        ..CreateOptions::new(IMAGE, 512 << 10)
-    }
-}
-
-/// More zones than a table block holds.
-fn many_zones() -> CreateOptions {
-    CreateOptions {
-        zone_size: Some(16 << 10),
-        zone_capacity: Some(12 << 10),
-        max_active: 0,
-        ..CreateOptions::new(IMAGE, 140 * (16 << 10))
-    }
-}
-
-fn case(name: &'static str, image: CreateOptions, mix: Mix) -> Case {
-    Case {
-        name,
-        image,
-        plan: Plan::new(mix, 5, 25),
-        crash: None,
-    }
-}
-
-fn mapped(mut case: Case) -> Case {
-    case.plan.behaviour.mapped = true;
-    case
-}
 
 fn run_state(mut case: Case, mode: RunStateMode) -> Case {
     case.plan.run_state = mode;
     case
-}
-
-fn failing(mut case: Case, role: Role, kind: FaultKind, errno: i32) -> Case {
-    let fault = Fault {
-        role,
-        kind,
-        after: 1,
-        errno,
-    };
-    case.plan.behaviour.fault = Some(fault);
-    case
-}
-
-/// `share` histories, or as many as the environment asks for.
-fn hold(case: Case, share: u64) {
-    const STATES: u64 = 25;
-    let wanted = std::env::var("ZBDKIT_CRASH_STATES")
-        .ok()
-        .map(|n| n.parse::<u64>().unwrap());
-    let effort = Effort {
-        histories: wanted.map_or(share, |states| states.div_ceil(STATES)),
-        states: STATES,
-        again: 4,
-    };
-    let replay = std::env::var("ZBDKIT_CRASH_REPLAY").ok();
-    let mut tally = Tally::default();
-    let seed = std::env::var("ZBDKIT_CRASH_SEED").map_or(SEED, |seed| seed.parse().unwrap());
-    let result = campaign(&case, effort, seed, replay.as_deref(), &mut tally);
-    println!(
-        "{}: {} states judged; distinct: {} after a kill, {} after a power cut",
-        case.name,
-        tally.states,
-        tally.kills.len(),
-        tally.power_cuts.len()
-    );
-    if let Err(violation) = result {
-        panic!("{violation}");
-    }
 }
 
 #[test]
@@ -147,7 +59,7 @@ fn several_table_blocks_keep_the_contract() {
 
 #[test]
 fn a_new_image_is_durable_once_it_was_made() {
-    let states = creation(&host_managed(), None, SEED, 600).unwrap_or_else(|why| panic!("{why}"));
+    let states = creation(&host_managed().into(), None, SEED, 600).unwrap_or_else(|why| panic!("{why}"));
     println!("creation: {states} states");
 }
 
@@ -279,21 +191,6 @@ fn every_crash_of_a_short_history_is_allowed() {
     println!("short: {total} states, all that there are up to 256 a moment");
 }
 
-/// The case must be found out within the normal number of states; how.
-fn caught(mut case: Case, lie: Lie, crash: Crash) -> String {
-    case.plan.behaviour.lie = Some(lie);
-    case.crash = Some(crash);
-    let effort = Effort {
-        histories: 12,
-        states: 25,
-        again: 0,
-    };
-    let result = campaign(&case, effort, SEED, None, &mut Tally::default());
-    let violation = result.expect_err("the lie was not found out");
-    println!("{lie:?}: {}", violation.what.lines().next().unwrap_or_default());
-    violation.what
-}
-
 #[test]
 fn a_left_out_data_sync_is_caught() {
     caught(
@@ -314,8 +211,8 @@ fn a_left_out_table_sync_is_caught() {
 
 #[test]
 fn a_left_out_directory_sync_is_caught() {
-    let why =
-        creation(&host_managed(), Some(Lie::NameSync), SEED, 600).expect_err("the lie was not found out");
+    let why = creation(&host_managed().into(), Some(Lie::NameSync), SEED, 600)
+        .expect_err("the lie was not found out");
     println!("{:?}: {}", Lie::NameSync, why.lines().next().unwrap_or_default());
 }
 

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use zbdkit_testkit::kill::{Contract, Options, run};
+use zbdkit_testkit::kill::{Contract, Format, Options, run};
 
 /// The daemon, or `None` with a note.
 fn program() -> Option<PathBuf> {
@@ -23,12 +23,13 @@ fn program() -> Option<PathBuf> {
     None
 }
 
-fn rounds(run_state: &str, contract: Contract) {
+fn rounds(format: Format, run_state: &str, contract: Contract) {
     let Some(zbdkit) = program() else { return };
     let dir = tempfile::tempdir().unwrap();
     let options = Options {
         zbdkit,
         dir: dir.path().to_owned(),
+        format,
         rounds: 6,
         seed: 42,
         queues: 2,
@@ -57,10 +58,16 @@ fn rounds(run_state: &str, contract: Contract) {
 
 #[test]
 fn acknowledged_writes_survive_a_kill() {
-    rounds("beside", Contract::Acknowledged);
+    rounds(Format::Raw, "beside", Contract::Acknowledged);
+}
+
+#[test]
+fn acknowledged_writes_to_qcow2_survive_a_kill_and_nothing_is_corrupt() {
+    rounds(Format::Qcow2, "beside", Contract::Acknowledged);
 }
 
 #[test]
 fn flushed_writes_survive_a_kill_without_a_run_state() {
-    rounds("none", Contract::Flushed);
+    rounds(Format::Raw, "none", Contract::Flushed);
+    rounds(Format::Qcow2, "none", Contract::Flushed);
 }

@@ -54,15 +54,15 @@ impl Qemu {
             Qemu::Tree(tree) => self.tool(tree, "{}"),
         };
         let variables = command.get_envs().filter_map(|(name, value)| {
-            Some(format!(
-                "{}={}",
-                name.to_string_lossy(),
-                value?.to_string_lossy()
-            ))
+            Some(format!("{}={}", name.to_string_lossy(), value?.to_string_lossy()))
         });
         let words = [command.get_program()].into_iter().chain(command.get_args());
         let words = words.map(|word| word.to_string_lossy().into_owned());
-        ["env".to_owned()].into_iter().chain(variables).chain(words).collect()
+        ["env".to_owned()]
+            .into_iter()
+            .chain(variables)
+            .chain(words)
+            .collect()
     }
 
     fn tool(&self, tree: &Tree, name: &str) -> Command {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
-use zbdkit_testkit::kill::{Contract, Counts, End, Options, Summary, run};
+use zbdkit_testkit::kill::{Contract, Counts, End, Format, Options, Summary, run};
 
 /// Kill a serving zbdkit in mid-traffic, restart it, and check every acknowledged byte; again and again.
 ///
@@ -21,6 +21,12 @@ struct Args {
     /// Directory of the image: on tmpfs the run state is mapped, elsewhere it is written
     #[arg(long, default_value = "/dev/shm/zbdkit-kill")]
     dir: PathBuf,
+    /// The image's format; qcow2 is checked after each end of a daemon
+    #[arg(long, value_enum, default_value = "qcow2")]
+    format: FormatArg,
+    /// Cluster size of a qcow2 image in bytes
+    #[arg(long, default_value_t = 65536)]
+    cluster_size: u64,
     /// Rounds; each ends with the daemon's end
     #[arg(long, default_value_t = 200)]
     rounds: u64,
@@ -69,6 +75,12 @@ struct Args {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum FormatArg {
+    Raw,
+    Qcow2,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum RunState {
     Beside,
     Sync,
@@ -93,8 +105,12 @@ fn main() -> Result<ExitCode> {
     );
     let options = options(&args);
     println!(
-        "{} rounds, seed {}, {} queues, run state {}, {}, in {}",
+        "{} rounds on {}, seed {}, {} queues, run state {}, {}, in {}",
         options.rounds,
+        match options.format {
+            Format::Raw => "raw".to_owned(),
+            Format::Qcow2 => format!("qcow2 with clusters of {}", args.cluster_size),
+        },
         options.seed,
         options.queues,
         options.run_state,
@@ -141,10 +157,18 @@ fn options(args: &Args) -> Options {
     ] {
         create.extend([name.into(), value.to_string().into()]);
     }
+    let format = match args.format {
+        FormatArg::Raw => Format::Raw,
+        FormatArg::Qcow2 => Format::Qcow2,
+    };
+    if format == Format::Qcow2 {
+        create.extend(["-o".into(), format!("cluster_size={}", args.cluster_size).into()]);
+    }
     create.extend(words(&args.image_args));
     Options {
         zbdkit: args.zbdkit.clone(),
         dir: args.dir.clone(),
+        format,
         rounds: args.rounds,
         seed: args.seed.unwrap_or_else(|| u64::from(std::process::id())),
         queues: args.queues,
@@ -191,6 +215,12 @@ fn print_summary(summary: &Summary, seconds: f64) {
     println!(
         "requests of a round found at its end: {kept} acknowledged, {kept_unacknowledged} that were in flight"
     );
+    if summary.checks > 0 {
+        println!(
+            "checks of the format: {}, nothing corrupt; {} found lost clusters, {} repairs left nothing to be found",
+            summary.checks, summary.leaks, summary.repairs
+        );
+    }
     for failure in &summary.failures {
         println!(
             "FAILED: {}\n  the image is in {}",

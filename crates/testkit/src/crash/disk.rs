@@ -56,6 +56,19 @@ impl Image {
         }
     }
 
+    /// Whether the bytes are the same.
+    fn same(&self, other: &Image) -> bool {
+        let block = |image: &Image, number: &u64| image.blocks.get(number).cloned();
+        self.len == other.len
+            && self.blocks.keys().chain(other.blocks.keys()).all(|number| {
+                match (block(self, number), block(other, number)) {
+                    (Some(one), Some(two)) => Arc::ptr_eq(&one, &two) || one == two,
+                    // A block of zeros is no different from a hole.
+                    (one, two) => one.or(two).is_none_or(|bytes| *bytes == [0; BLOCK]),
+                }
+            })
+    }
+
     fn write(&mut self, offset: u64, from: &[u8]) {
         let mut done = 0;
         while done < from.len() {
@@ -391,9 +404,28 @@ impl Disk {
             .map(|(path, _)| path.as_path())
     }
 
+    /// All names.
+    pub fn names(&self) -> impl Iterator<Item = &Path> {
+        self.names.live.keys().map(PathBuf::as_path)
+    }
+
+    /// The file that an operation in flight is about.
+    pub fn file_of(&self, id: u64) -> Option<FileNo> {
+        let change = self.in_flight.get(&id).map(|(file, _)| *file);
+        change.or_else(|| self.syncs.get(&id).map(|(file, _)| *file))
+    }
+
     /// What a reader of the file sees.
     pub fn contents(&self, file: FileNo) -> &Image {
         &self.inodes[&file].live
+    }
+
+    /// Whether the file of that name is the same, byte for byte, as it was on another disk.
+    pub fn same(&self, path: &Path, before: &Disk) -> bool {
+        match (self.find(path), before.find(path)) {
+            (Some(now), Some(then)) => self.contents(now).same(before.contents(then)),
+            (now, then) => now == then,
+        }
     }
 
     /// A number that no file has had.

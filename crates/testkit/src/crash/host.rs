@@ -15,7 +15,7 @@ use super::disk::{Change, Disk, Event, FileNo};
 /// What a file is to the image, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// The data file.
+    /// The image: its data, and in qcow2 its mapping, its counts and its zone table.
     Data,
     /// The zone table, `*.zones`.
     Table,
@@ -24,7 +24,8 @@ pub enum Role {
 }
 
 impl Role {
-    fn of(path: &Path) -> Role {
+    /// The role of the file of this name.
+    pub fn of(path: &Path) -> Role {
         match path.extension().and_then(|e| e.to_str()) {
             Some("zones") => Role::Table,
             Some("run") => Role::RunState,
@@ -46,6 +47,12 @@ pub enum Lie {
     NoRunState,
     /// A write reports success after its first sector.
     ShortWrites(Role),
+    /// A crash loses the writes of the last so many ticks, though they were completed: as if what followed them had
+    /// gone before.
+    LateWrites(Role, u64),
+    /// A sync makes durable what it covers only so many ticks after it was answered: as if it came after what
+    /// followed it.
+    LateSyncs(Role, u64),
 }
 
 /// What operation fails.

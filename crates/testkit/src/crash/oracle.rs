@@ -274,7 +274,7 @@ impl Oracle {
                     }
                     Answer::Ok
                 }
-                Err(Error::Io { .. } | Error::Epoch { .. }) => Answer::Failed,
+                Err(Error::Io { .. } | Error::Epoch { .. } | Error::Format(_)) => Answer::Failed,
                 Err(_) => Answer::Refused,
             },
         ));

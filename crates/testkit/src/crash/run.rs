@@ -1,28 +1,24 @@
 //! One run: an image is opened on a recording machine, clients use it, it is closed.
 
 use std::cell::{Cell, RefCell};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use zbdkit_block::{
-    CreateOptions, CrossZone, Device, Error, Graph, Host, OpenError, OpenOptions, RunStateMode, create,
-};
+use zbdkit_block::{CrossZone, Device, Error, Graph, Host, OpenError, OpenOptions, RunStateMode};
 use zbdkit_io::{IoBuf, Runtime, spawn, yield_now};
 use zbdkit_zone::{Condition, Filter, ZoneError, ZoneType};
 
 use super::choose::mix;
 use super::disk::Disk;
 use super::host::{Behaviour, Machine, Recorded};
+use super::image::Image;
 use super::judge::View;
 use super::oracle::{Kind, Oracle, payload};
 use super::workload::{Client, Mix};
-
-/// The image's name on the simulated machines.
-pub const IMAGE: &str = "/image/disk.raw";
 
 /// Turns without any news after which a run is taken for stuck.
 const STUCK: u32 = 20_000;
@@ -30,6 +26,8 @@ const STUCK: u32 = 20_000;
 /// How a run goes.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// The image's name.
+    pub image: PathBuf,
     /// How the image is opened.
     pub run_state: RunStateMode,
     /// What the machine does.
@@ -60,6 +58,8 @@ pub struct History {
     pub plan: Plan,
     /// When the fault struck.
     pub fault: Option<u64>,
+    /// The files at its end.
+    pub end: Disk,
 }
 
 /// Runs a future while the machine ends operations in any order.
@@ -83,36 +83,27 @@ pub fn drive<T>(runtime: &Runtime, machine: &Machine, future: impl Future<Output
     })
 }
 
-/// Makes an image on an empty machine.
-pub fn make_image(runtime: &Runtime, options: &CreateOptions) -> Disk {
-    let machine = Machine::new(Disk::default(), Behaviour::default(), 1);
-    let host = machine.host();
-    let created = drive(runtime, &machine, create(&host, options));
-    created.unwrap_or_else(|error| panic!("the image cannot be made: {error}"));
-    machine.disk()
-}
-
-/// Makes an image on an empty machine; what happened, and when it was answered.
+/// Makes an image on an empty machine; its name, what happened, and when it was answered.
 pub fn record_creation(
     runtime: &Runtime,
-    options: &CreateOptions,
+    image: &Image,
     behaviour: Behaviour,
     seed: u64,
-) -> Result<(Vec<Recorded>, u64), String> {
+) -> Result<(PathBuf, Vec<Recorded>, u64), String> {
     let machine = Machine::new(Disk::default(), behaviour, seed);
     let host = machine.host();
-    drive(runtime, &machine, create(&host, options)).map_err(|error| error.to_string())?;
-    Ok((machine.events(), machine.tick()))
+    let path = drive(runtime, &machine, image.create(&host, "disk"))?;
+    Ok((path, machine.events(), machine.tick()))
 }
 
 /// Opens the image, as a user names it.
-pub async fn open(host: &Arc<dyn Host>, run_state: &RunStateMode) -> Result<Device, OpenError> {
+pub async fn open(host: &Arc<dyn Host>, path: &Path, run_state: &RunStateMode) -> Result<Device, OpenError> {
     let options = OpenOptions {
         run_state: run_state.clone(),
         lock_wait: Duration::ZERO,
         ..OpenOptions::default()
     };
-    Graph::from_path(PathBuf::from(IMAGE)).open(host, &options).await
+    Graph::from_path(path).open(host, &options).await
 }
 
 /// Looks at all that can be seen.
@@ -151,7 +142,7 @@ pub fn record(
     let machine = Machine::new(start.clone(), plan.behaviour.clone(), seed);
     let host = machine.host();
     let (oracle, notices) = drive(runtime, &machine, async {
-        let device = open(&host, &plan.run_state)
+        let device = open(&host, &plan.image, &plan.run_state)
             .await
             .map_err(|error| format!("the image does not open: {error}"))?;
         let opened = machine.tick();
@@ -187,6 +178,7 @@ pub fn record(
         notices,
         plan: plan.clone(),
         fault: machine.fault_fired(),
+        end: machine.disk(),
     })
 }
 

@@ -7,6 +7,7 @@
 //! files, and the kernel below; the crash device explores orders that no kill happens to hit.
 
 mod answers;
+mod check;
 pub mod daemon;
 pub mod judge;
 pub mod log;
@@ -53,6 +54,15 @@ pub enum Contract {
     Flushed,
 }
 
+/// How the image keeps its zones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// In a table beside it.
+    Raw,
+    /// Inside.
+    Qcow2,
+}
+
 /// What to run.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -60,6 +70,8 @@ pub struct Options {
     pub zbdkit: PathBuf,
     /// Where the image is made; what matters is its file system.
     pub dir: PathBuf,
+    /// Format of the image.
+    pub format: Format,
     /// Rounds.
     pub rounds: u64,
     /// Decides everything but the races.
@@ -106,6 +118,12 @@ pub struct Summary {
     pub ends: BTreeMap<End, u64>,
     /// Daemons killed while they opened the image, or just after.
     pub interrupted: u64,
+    /// Checks of the image's format after a daemon's end.
+    pub checks: u64,
+    /// Of those, how many found clusters that were lost, as a kill may leave them.
+    pub leaks: u64,
+    /// Repairs, each of which left nothing to be found.
+    pub repairs: u64,
 }
 
 /// Runs the rounds; `progress` gets a line after each.
@@ -178,6 +196,9 @@ struct Bench<'a> {
     live: Option<Live>,
     /// How long the daemon needs to be ready.
     opening: Duration,
+    file: PathBuf,
+    /// A daemon was killed since the last repair: clusters may be lost.
+    leaky: bool,
 }
 
 impl<'a> Bench<'a> {
@@ -188,13 +209,17 @@ impl<'a> Bench<'a> {
             std::fs::remove_dir_all(&dir)?;
         }
         std::fs::create_dir_all(&dir)?;
-        let image = dir.join("kill.img");
-        daemon::create(&options.zbdkit, &image, &options.create)?;
-        let name = image.to_str().context("the directory's name is not UTF-8")?;
+        let (name, driver) = match options.format {
+            Format::Raw => ("kill.img", "zoned"),
+            Format::Qcow2 => ("kill.qcow2", "qcow2"),
+        };
+        let file = dir.join(name);
+        daemon::create(&options.zbdkit, &file, &options.create)?;
+        let name = file.to_str().context("the directory's name is not UTF-8")?;
         let direct = if options.direct { "on" } else { "off" };
         // Commas are doubled within a value.
         let graph = format!(
-            "driver=zoned,run-state={},file.driver=file,file.cache.direct={direct},file.filename={}",
+            "driver={driver},run-state={},file.driver=file,file.cache.direct={direct},file.filename={}",
             options.run_state,
             name.replace(',', ",,"),
         );
@@ -221,6 +246,8 @@ impl<'a> Bench<'a> {
             live: Some(live),
             opening,
             options,
+            file,
+            leaky: false,
         })
     }
 
@@ -279,8 +306,13 @@ impl<'a> Bench<'a> {
             self.program.tail()
         );
 
+        self.check(clean, &mut rng, summary)?;
         self.program.forget_messages()?;
-        summary.interrupted += self.interrupt(&mut rng)?;
+        let interrupted = self.interrupt(&mut rng)?;
+        if interrupted > 0 {
+            self.check(false, &mut rng, summary)?;
+        }
+        summary.interrupted += interrupted;
         let (mut live, opening) = Live::start(&self.program, self.options.queues)?;
         self.opening = opening;
         self.said(clean)?;
@@ -293,6 +325,27 @@ impl<'a> Bench<'a> {
         };
         self.judge(&shared, whole, secured, &mut counts)?;
         Ok(counts)
+    }
+
+    /// Nothing in the image is corrupt, and none of it is lost but by kills; once in a while the losses are repaired.
+    fn check(&mut self, clean: bool, rng: &mut Rng, summary: &mut Summary) -> Result<()> {
+        if self.options.format == Format::Raw {
+            return Ok(());
+        }
+        self.leaky |= !clean;
+        let leaks = check::check(&self.options.zbdkit, &self.file)?;
+        summary.checks += 1;
+        summary.leaks += u64::from(leaks);
+        ensure!(
+            !leaks || self.leaky,
+            "clusters are lost, though nobody was killed"
+        );
+        if rng.one_in(8) {
+            check::repair(&self.options.zbdkit, &self.file)?;
+            summary.repairs += 1;
+            self.leaky = false;
+        }
+        Ok(())
     }
 
     /// Once in a while: kills the daemon while it opens the image, or when it is ready, with or without a client.

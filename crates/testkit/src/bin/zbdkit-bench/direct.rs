@@ -47,7 +47,7 @@ impl DirectTarget {
             depth: 8,
         };
         let mut ring = Ring::new(&self.file, workload)?;
-        let mut offsets = WriteOffsets::new(self.geometry, workload.block, 0, 1);
+        let mut offsets = WriteOffsets::new(self.geometry, workload, 0, 1);
         ring.pump(Duration::MAX, |buffer| write_next(&mut offsets, buffer, 0))?;
         Ok(())
     }
@@ -68,7 +68,7 @@ impl DirectTarget {
                 let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 fallocate(&self.file, flags, 0, self.geometry.size)?;
             }
-            let mut offsets = WriteOffsets::new(self.geometry, workload.block, 0, 1);
+            let mut offsets = WriteOffsets::new(self.geometry, workload, 0, 1);
             let (pass_ops, pass_time) = ring.pump(duration - elapsed, |buffer| {
                 write_next(&mut offsets, buffer, seed)
             })?;

@@ -1,10 +1,12 @@
-//! zbdkit-bench: zbdkit against qemu-storage-daemon and against the file itself, with one client.
+//! zbdkit-bench: zbdkit against qemu-storage-daemon and against the file itself, with one client; and qcow2 images
+//! against those of qemu-storage-daemon and against raw ones.
 //!
 //! Targets take turns in each round, so that what the machine does besides hits all of them alike;
 //! the table shows medians, and medians of the ratios within a round. It measures and flags, it does
 //! not judge: the exit status says only whether it could measure.
 
 mod direct;
+mod formats;
 mod load;
 mod report;
 mod servers;
@@ -21,9 +23,10 @@ use zbdkit_testkit::client::loopback::{Loopback, NullDevice};
 use zbdkit_testkit::client::peer::QemuStorageDaemon;
 
 use direct::DirectTarget;
+use formats::Formats;
 use load::Load;
 use report::{DIRECT, PEER, Row, ZBDKIT, table};
-use servers::Zbdkit;
+use servers::{Format, Zbdkit};
 use vhost::{Manner, VhostTarget, Wait};
 use workload::{Geometry, Kind, SECTOR, Sample, Workload};
 
@@ -65,8 +68,16 @@ struct Args {
     #[arg(long, value_delimiter = ',', default_value = "1,32")]
     depths: Vec<u32>,
     /// Only these kinds of rows
-    #[arg(long, value_delimiter = ',', value_enum, default_value = "read,write,append")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_enum,
+        default_value = "read,write,append,fresh,full,allocation"
+    )]
     only: Vec<RowKind>,
+    /// Sizes in GiB of the sparse images of the allocation rows
+    #[arg(long, value_delimiter = ',', default_value = "1,16,128,1024")]
+    sparse: Vec<u64>,
     /// How the client waits for completions
     #[arg(long, value_enum, default_value = "poll")]
     wait: Wait,
@@ -92,9 +103,18 @@ const QUIET: f64 = 0.1;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum RowKind {
+    /// Random reads, raw images
     Read,
+    /// Sequential writes, raw images
     Write,
+    /// Zone appends, raw images
     Append,
+    /// Sequential writes into new images, qcow2
+    Fresh,
+    /// Random reads of full images, qcow2
+    Full,
+    /// Writes all over new sparse images of growing size, qcow2
+    Allocation,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -149,28 +169,94 @@ fn main() -> Result<()> {
     if args.client_limit {
         return client_limit(&args, geometry);
     }
-    let mut bench = Bench::start(&args, geometry)?;
-    let workloads = workloads(&args, bench.zbdkit.is_some());
-    let mut rows = Vec::new();
-    for workload in workloads {
-        eprintln!("measuring {} ...", workload.name());
-        rows.push(bench.row(workload, &args)?);
-    }
-    if bench.disturbed > 0 {
-        let note = format!(
-            "DISTURBED: in {} rounds other processes used over {QUIET} processors.",
-            bench.disturbed
-        );
-        bench.notes.push(note);
-    }
+    let mut notes = Vec::new();
+    let raw = raw_rows(&args, geometry, &mut notes)?;
+    let qcow2 = qcow2_rows(&args, geometry, &mut notes)?;
     if args.json {
-        let value = serde_json::json!({ "notes": bench.notes, "rows": rows });
+        let value = serde_json::json!({ "notes": notes, "rows": raw, "qcow2": qcow2 });
         println!("{}", serde_json::to_string_pretty(&value)?);
-    } else {
-        print!("{}", table(&rows));
-        bench.notes.iter().for_each(|note| println!("{note}"));
+        return Ok(());
     }
+    let tables = [table(&raw), table(&qcow2)];
+    let tables: Vec<_> = tables.iter().filter(|table| !table.is_empty()).cloned().collect();
+    print!("{}", tables.join("\n"));
+    notes.iter().for_each(|note| println!("{note}"));
     Ok(())
+}
+
+fn disturbed(rounds: u32) -> Option<String> {
+    (rounds > 0)
+        .then(|| format!("DISTURBED: in {rounds} rounds other processes used over {QUIET} processors."))
+}
+
+/// Raw images, and the file itself.
+fn raw_rows(args: &Args, geometry: Geometry, notes: &mut Vec<String>) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    if workloads(args, true).is_empty() {
+        return Ok(rows);
+    }
+    let mut bench = Bench::start(args, geometry)?;
+    for workload in workloads(args, bench.zbdkit.is_some()) {
+        eprintln!("measuring {} ...", workload.name());
+        rows.push(bench.row(workload, args)?);
+    }
+    notes.append(&mut bench.notes);
+    notes.extend(disturbed(bench.disturbed));
+    Ok(rows)
+}
+
+/// qcow2 images.
+fn qcow2_rows(args: &Args, geometry: Geometry, notes: &mut Vec<String>) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let kinds = [RowKind::Fresh, RowKind::Full, RowKind::Allocation];
+    if !args.zbdkit.exists() || !kinds.iter().any(|kind| args.only.contains(kind)) {
+        return Ok(rows);
+    }
+    let dir = tempfile::Builder::new()
+        .prefix("zbdkit-bench")
+        .tempdir_in(&args.dir)?;
+    let peer = formats::peer();
+    if let Err(why) = &peer {
+        notes.push(format!("No peer for qcow2: {why}."));
+    }
+    let mut bench = Formats {
+        zbdkit: &args.zbdkit,
+        serve: &args.serve_arg,
+        peer: peer.ok(),
+        dir: dir.path(),
+        queues: args.queues,
+        manner: manner(args),
+        rounds: args.rounds,
+        retries: args.retries,
+        time: Duration::from_secs_f64(args.seconds),
+        quiet: QUIET,
+        disturbed: 0,
+        measured: 0,
+    };
+    if args.only.contains(&RowKind::Fresh) {
+        for (block, goal) in [(4 << 10, 1.5), (128 << 10, 1.2)] {
+            rows.push(bench.fresh(geometry, block, 32, goal)?);
+        }
+    }
+    if args.only.contains(&RowKind::Full) {
+        let blocks: Vec<u32> = args.blocks.iter().map(|block| block << 10).collect();
+        rows.extend(bench.reads(geometry, &blocks, &args.depths, 1.2)?);
+    }
+    if args.only.contains(&RowKind::Allocation) {
+        for size in &args.sparse {
+            rows.push(bench.spread(size << 30)?);
+        }
+    }
+    notes.extend(disturbed(bench.disturbed));
+    Ok(rows)
+}
+
+fn manner(args: &Args) -> Manner {
+    Manner {
+        wait: args.wait,
+        batch: args.batch,
+        event_idx: !args.no_event_idx,
+    }
 }
 
 /// What the client can do when the server costs nothing.
@@ -184,11 +270,7 @@ fn client_limit(args: &Args, geometry: Geometry) -> Result<()> {
         },
         false,
     )?;
-    let manner = Manner {
-        wait: args.wait,
-        batch: args.batch,
-        event_idx: !args.no_event_idx,
-    };
+    let manner = manner(args);
     let mut target = VhostTarget::connect(&socket, geometry, args.queues, manner)?;
     for workload in workloads(args, false)
         .into_iter()
@@ -232,16 +314,12 @@ impl Bench {
         let dir = tempfile::Builder::new()
             .prefix("zbdkit-bench")
             .tempdir_in(&args.dir)?;
-        let manner = Manner {
-            wait: args.wait,
-            batch: args.batch,
-            event_idx: !args.no_event_idx,
-        };
+        let manner = manner(args);
         let mut notes = Vec::new();
         let mut targets = Vec::new();
         let mut zbdkit = None;
         if args.zbdkit.exists() {
-            let server = Zbdkit::start(&args.zbdkit, dir.path(), geometry, &args.serve_arg)?;
+            let server = Zbdkit::start(&args.zbdkit, dir.path(), Format::Raw, geometry, &args.serve_arg)?;
             let target = VhostTarget::connect(&server.socket, geometry, args.queues, manner)?;
             ensure!(target.zoned(), "zbdkit does not offer zones");
             targets.push((ZBDKIT.to_string(), Target::Vhost(Box::new(target))));

@@ -11,20 +11,35 @@ pub struct Row {
     pub name: String,
     /// Names of the targets and their samples in operations a second, by round.
     pub samples: Vec<(String, Vec<f64>)>,
+    /// What is measured, what it is measured against.
+    pub names: Names,
     /// Name of the better peer, by median.
     pub peer: Option<String>,
     pub zbdkit_iops: Option<f64>,
     pub peer_iops: Option<f64>,
-    pub direct_iops: Option<f64>,
+    pub limit_iops: Option<f64>,
     /// Median over the rounds of zbdkit over the peer of the same round.
     pub zbdkit_to_peer: Option<f64>,
-    /// The same of zbdkit over the file itself.
-    pub zbdkit_to_direct: Option<f64>,
-    /// The same of the peer over the file itself.
-    pub peer_to_direct: Option<f64>,
+    /// The same of zbdkit over the limit: the file itself, or our own raw.
+    pub zbdkit_to_limit: Option<f64>,
+    /// The same of the peer over the limit.
+    pub peer_to_limit: Option<f64>,
     /// Lowest ratio to the peer that this row must have.
     pub goal: f64,
+    /// Lowest ratio to the limit that it must have, if any.
+    pub limit_goal: Option<f64>,
     pub below_goal: bool,
+}
+
+/// Names of the targets of a table.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Names {
+    /// What is measured.
+    pub ours: &'static str,
+    /// How the names of peers begin.
+    pub peer: &'static str,
+    /// What cannot be passed, or not by much.
+    pub limit: &'static str,
 }
 
 /// Name of zbdkit's target.
@@ -35,63 +50,115 @@ pub const DIRECT: &str = "io_uring";
 pub const PEER: &str = "qsd";
 
 impl Row {
+    /// A row of the table of raw images.
     pub fn new(workload: Workload, samples: Vec<(String, Vec<f64>)>) -> Self {
-        let of = |name: &str| samples.iter().find(|(n, _)| n == name).map(|(_, s)| s.as_slice());
-        let peers = samples.iter().filter(|(name, _)| name.starts_with(PEER));
-        let peer = peers.max_by(|a, b| median(&a.1).total_cmp(&median(&b.1)));
-        let peer_samples = peer.map(|(_, s)| s.as_slice());
-        let (zbdkit, direct) = (of(ZBDKIT), of(DIRECT));
         let goal = if workload.block == 4096 && workload.depth == 32 {
             1.5
         } else {
             1.0
         };
+        let names = Names {
+            ours: ZBDKIT,
+            peer: PEER,
+            limit: DIRECT,
+        };
+        Row::named(workload.name(), workload, samples, names, goal, None)
+    }
+
+    /// A row of any table.
+    pub fn named(
+        name: String,
+        workload: Workload,
+        samples: Vec<(String, Vec<f64>)>,
+        names: Names,
+        goal: f64,
+        limit_goal: Option<f64>,
+    ) -> Self {
+        let of = |name: &str| samples.iter().find(|(n, _)| n == name).map(|(_, s)| s.as_slice());
+        let peers = samples.iter().filter(|(name, _)| name.starts_with(names.peer));
+        let peer = peers.max_by(|a, b| median(&a.1).total_cmp(&median(&b.1)));
+        let peer_samples = peer.map(|(_, s)| s.as_slice());
+        let (zbdkit, limit) = (of(names.ours), of(names.limit));
         let zbdkit_to_peer = ratio(zbdkit, peer_samples);
+        let zbdkit_to_limit = ratio(zbdkit, limit);
+        let under = |ratio: Option<f64>, goal: f64| ratio.is_some_and(|ratio| ratio < goal);
         Row {
             workload,
-            name: workload.name(),
+            name,
+            names,
             peer: peer.map(|(name, _)| name.clone()),
             zbdkit_iops: zbdkit.map(median),
             peer_iops: peer_samples.map(median),
-            direct_iops: direct.map(median),
+            limit_iops: limit.map(median),
             zbdkit_to_peer,
-            zbdkit_to_direct: ratio(zbdkit, direct),
-            peer_to_direct: ratio(peer_samples, direct),
+            zbdkit_to_limit,
+            peer_to_limit: ratio(peer_samples, limit),
             goal,
-            below_goal: zbdkit_to_peer.is_some_and(|r| r < goal),
+            limit_goal,
+            below_goal: under(zbdkit_to_peer, goal)
+                || limit_goal.is_some_and(|goal| under(zbdkit_to_limit, goal)),
             samples,
         }
     }
+
+    fn flag(&self) -> String {
+        if !self.below_goal {
+            return String::new();
+        }
+        let limit = self
+            .limit_goal
+            .map(|goal| format!(" or {goal:.1}x {}", self.names.limit))
+            .unwrap_or_default();
+        format!("  <-- under {:.1}x{limit}", self.goal)
+    }
 }
 
-/// The whole table as text.
+/// The whole table as text; rows have the same names of targets.
 pub fn table(rows: &[Row]) -> String {
+    let Some(names) = rows.first().map(|row| row.names) else {
+        return String::new();
+    };
+    let per_second = |name: &str| format!("{name}/s");
     let mut text = format!(
-        "{:<24} {:>10} {:>10}  {:<14} {:>10} {:>8} {:>9} {:>9}\n",
-        "workload", "zbdkit/s", "peer/s", "(peer)", "io_uring/s", "to peer", "to limit", "peer/limit"
+        "{:<26} {:>14} {:>10}  {:<18} {:>12} {:>8} {:>9} {:>10}\n",
+        "workload",
+        per_second(names.ours),
+        "peer/s",
+        "(peer)",
+        per_second(names.limit),
+        "to peer",
+        "to limit",
+        "peer/limit"
     );
     for row in rows {
         let iops = |v: Option<f64>| v.map_or("-".into(), |v| format!("{v:.0}"));
         let times = |v: Option<f64>| v.map_or("-".into(), |v| format!("{v:.2}x"));
-        let flag = if row.below_goal {
-            format!("  <-- under {:.1}x", row.goal)
-        } else {
-            String::new()
-        };
         text += &format!(
-            "{:<24} {:>10} {:>10}  {:<14} {:>10} {:>8} {:>9} {:>9}{flag}\n",
+            "{:<26} {:>14} {:>10}  {:<18} {:>12} {:>8} {:>9} {:>10}{}\n",
             row.name,
             iops(row.zbdkit_iops),
             iops(row.peer_iops),
             row.peer.as_deref().unwrap_or("-"),
-            iops(row.direct_iops),
+            iops(row.limit_iops),
             times(row.zbdkit_to_peer),
-            times(row.zbdkit_to_direct),
-            times(row.peer_to_direct),
+            times(row.zbdkit_to_limit),
+            times(row.peer_to_limit),
+            row.flag()
         );
     }
     if rows.iter().any(|row| row.workload.kind == Kind::Append) {
         text += "In the append rows the peer and io_uring do sequential writes.\n";
+    }
+    let spread: Vec<f64> = rows
+        .iter()
+        .filter(|row| row.workload.kind == Kind::SpreadWrite)
+        .filter_map(|row| row.zbdkit_iops)
+        .collect();
+    if let [first, .., last] = spread.as_slice() {
+        text += &format!(
+            "Spread writes into the largest image are at {:.2}x of those into the smallest.\n",
+            last / first
+        );
     }
     let below = rows.iter().filter(|row| row.below_goal).count();
     if rows.iter().any(|row| row.zbdkit_to_peer.is_some()) {
@@ -143,8 +210,32 @@ mod tests {
         let row = row(&[150.0, 160.0, 320.0], 32);
         assert_eq!(row.peer.as_deref(), Some("qsd io_uring"));
         assert_eq!(row.zbdkit_to_peer, Some(1.6));
-        assert_eq!(row.zbdkit_to_direct, Some(0.4));
+        assert_eq!(row.zbdkit_to_limit, Some(0.4));
         assert!(!row.below_goal);
+    }
+
+    #[test]
+    fn a_row_may_have_a_goal_for_the_limit_too() {
+        let samples = vec![
+            ("zbdkit qcow2".to_string(), vec![80.0]),
+            ("zbdkit raw".to_string(), vec![100.0]),
+            ("qsd qcow2 threads".to_string(), vec![10.0]),
+        ];
+        let names = Names {
+            ours: "zbdkit qcow2",
+            peer: "qsd qcow2",
+            limit: "zbdkit raw",
+        };
+        let row = |goal| {
+            let workload = Workload {
+                kind: Kind::RandomRead,
+                block: 4096,
+                depth: 1,
+            };
+            Row::named("row".into(), workload, samples.clone(), names, 1.2, goal)
+        };
+        assert!(!row(None).below_goal && !row(Some(0.8)).below_goal && row(Some(0.9)).below_goal);
+        assert!(table(&[row(Some(0.9))]).contains("<-- under 1.2x or 0.9x zbdkit raw"));
     }
 
     #[test]

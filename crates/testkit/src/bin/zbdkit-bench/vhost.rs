@@ -126,6 +126,11 @@ impl VhostTarget {
         self.run(workload, seed, Some(duration))
     }
 
+    /// Measures one pass of writes over the whole device, however long it takes.
+    pub fn measure_pass(&mut self, workload: Workload, seed: u64) -> Result<Sample> {
+        self.run(workload, seed, None)
+    }
+
     /// As `measure`, without looking at any data.
     pub fn measure_unverified(&mut self, workload: Workload, duration: Duration) -> Result<Sample> {
         self.run(workload, 1, Some(duration))
@@ -382,7 +387,7 @@ impl Worker<'_> {
     }
 
     fn empty_zones(&mut self) -> Result<()> {
-        let offsets = WriteOffsets::new(self.geometry, self.workload.block, self.thread, self.threads);
+        let offsets = WriteOffsets::new(self.geometry, self.workload, self.thread, self.threads);
         for zone in offsets.zones() {
             if self.zoned {
                 self.queue.zone_reset(zone / SECTOR)?;
@@ -410,7 +415,7 @@ impl Worker<'_> {
             ensure!(written.len() as u64 == pass.started, "appends were lost");
             written
         } else {
-            let mut offsets = WriteOffsets::new(self.geometry, block, self.thread, self.threads);
+            let mut offsets = WriteOffsets::new(self.geometry, self.workload, self.thread, self.threads);
             let all = std::iter::from_fn(|| offsets.next()).take(pass.started as usize);
             all.map(|(_, at)| (at, at / PAGE as u64)).collect()
         };
@@ -446,7 +451,7 @@ impl WritePass {
         let block = worker.workload.block;
         let blocks = if append { size / u64::from(block) } else { 0 };
         WritePass {
-            offsets: WriteOffsets::new(worker.geometry, block, worker.thread, worker.threads),
+            offsets: WriteOffsets::new(worker.geometry, worker.workload, worker.thread, worker.threads),
             append,
             block: block.into(),
             zone_size,

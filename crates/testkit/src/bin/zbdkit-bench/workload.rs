@@ -22,6 +22,8 @@ pub enum Kind {
     SequentialWrite,
     /// Zone append; a sequential write where there are no appends.
     Append,
+    /// Every write to another zone than the one before it, the zones in turn in an order that looks random.
+    SpreadWrite,
 }
 
 /// A row of the table.
@@ -40,6 +42,7 @@ impl Workload {
             Kind::RandomRead => "random read",
             Kind::SequentialWrite => "seq zone write",
             Kind::Append => "zone append",
+            Kind::SpreadWrite => "spread write",
         };
         format!("{kind} {:>3}K QD{}", self.block / 1024, self.depth)
     }
@@ -79,7 +82,7 @@ impl RandomOffsets {
     }
 }
 
-/// Offsets of a write pass: each of the thread's zones from its start to its end, one after the other.
+/// Offsets of a write pass: each of the thread's zones from its start to its end, one after the other, or in turns.
 pub struct WriteOffsets {
     geometry: Geometry,
     block: u64,
@@ -87,24 +90,50 @@ pub struct WriteOffsets {
     threads: u64,
     zone: u64,
     within: u64,
+    /// Of a spread: how many blocks were given, and how many there are.
+    spread: Option<(u64, u64)>,
 }
 
+/// Bytes that a thread's share of a spread comes to, all threads together: the same whatever the device's size.
+pub const SPREAD: u64 = 512 << 20;
+
 impl WriteOffsets {
-    pub fn new(geometry: Geometry, block: u32, thread: usize, threads: usize) -> Self {
+    pub fn new(geometry: Geometry, workload: Workload, thread: usize, threads: usize) -> Self {
         let (thread, threads) = (thread as u64, threads as u64);
+        let block = u64::from(workload.block);
+        let blocks = SPREAD.min(geometry.size) / block / threads;
         WriteOffsets {
             geometry,
-            block: block.into(),
+            block,
             thread,
             threads,
             zone: thread,
             within: 0,
+            spread: (workload.kind == Kind::SpreadWrite).then_some((0, blocks)),
         }
+    }
+
+    /// The next block of a spread. Zones are taken in steps that have no divisor in common with their number, a
+    /// power of two.
+    fn next_spread(&mut self) -> Option<(u64, u64)> {
+        let (given, blocks) = self.spread.as_mut()?;
+        let zones = self.geometry.size / self.geometry.zone_size / self.threads;
+        let zone = given.wrapping_mul(0x9e37_79b9) % zones * self.threads + self.thread;
+        let within = *given / zones * self.block;
+        if *given >= *blocks || within + self.block > self.geometry.zone_size {
+            return None;
+        }
+        *given += 1;
+        let start = zone * self.geometry.zone_size;
+        Some((start, start + within))
     }
 
     /// Start of the zone and offset of the block, in bytes; none once all zones are full.
     #[inline]
     pub fn next(&mut self) -> Option<(u64, u64)> {
+        if self.spread.is_some() {
+            return self.next_spread();
+        }
         if self.within + self.block > self.geometry.zone_size {
             self.zone += self.threads;
             self.within = 0;
@@ -170,12 +199,47 @@ mod tests {
         zone_size: 65536,
     };
 
+    const WRITES: Workload = Workload {
+        kind: Kind::SequentialWrite,
+        block: 4096,
+        depth: 1,
+    };
+
+    #[test]
+    fn a_spread_goes_through_all_zones_in_turn_and_writes_each_in_order() {
+        const ZONES: u64 = 64;
+        let geometry = Geometry {
+            size: ZONES << 20,
+            zone_size: 1 << 20,
+        };
+        let workload = Workload {
+            kind: Kind::SpreadWrite,
+            block: 65536,
+            ..WRITES
+        };
+        for threads in [1, 2, 4] {
+            let mut next = [0; ZONES as usize];
+            for thread in 0..threads {
+                let mut offsets = WriteOffsets::new(geometry, workload, thread, threads);
+                let mut last = u64::MAX;
+                while let Some((zone, at)) = offsets.next() {
+                    assert_ne!(zone, last);
+                    last = zone;
+                    let next = &mut next[(zone >> 20) as usize];
+                    assert_eq!(at, zone + *next);
+                    *next += 65536;
+                }
+            }
+            assert_eq!(next, [1 << 20; ZONES as usize]);
+        }
+    }
+
     #[test]
     fn writes_fill_every_zone_once_in_order_over_all_threads() {
         for threads in 1..=3 {
             let mut seen = Vec::new();
             for thread in 0..threads {
-                let mut offsets = WriteOffsets::new(GEOMETRY, 4096, thread, threads);
+                let mut offsets = WriteOffsets::new(GEOMETRY, WRITES, thread, threads);
                 let zones: Vec<_> = offsets.zones().collect();
                 let mut last = None;
                 while let Some((zone, at)) = offsets.next() {
