@@ -446,7 +446,9 @@ impl Qcow2 {
                         && other.offset().wrapping_add(at & cluster_mask) == host.wrapping_add(at - offset)
                 }
                 Kind::Compressed => next == index,
-                _ => true,
+                // Those that keep space and those that do not are told apart.
+                Kind::Zero => self.codec.has_cluster(other) == self.codec.has_cluster(entry),
+                Kind::Unallocated | Kind::Invalid => true,
             };
             if self.codec.kind(other, subcluster(at)) != kind || !same_place {
                 break;

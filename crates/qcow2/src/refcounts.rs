@@ -10,6 +10,7 @@ use std::sync::Arc;
 use zbdkit_io::File;
 use zbdkit_spec::qcow2::{MAX_CLUSTER_OFFSET, MAX_REFTABLE_BYTES, REFTABLE_OFFSET_MASK};
 
+use crate::ahead::join;
 use crate::error::Error;
 use crate::failure::Syncs;
 use crate::header::Header;
@@ -162,6 +163,26 @@ impl Refcounts {
             self.run_hint = self.run_hint.min(run.start);
         }
         Ok(())
+    }
+
+    /// The parts of a run that nothing counts.
+    pub async fn unused(&mut self, run: Range<u64>) -> Result<Vec<Range<u64>>, Error> {
+        let mut parts: Vec<Range<u64>> = Vec::new();
+        let mut at = run.start;
+        while at < run.end {
+            let (index, order) = (at / self.per_block(), self.order);
+            let base = index * self.per_block();
+            let end = run.end.min(base + self.per_block());
+            if self.table.get(index as usize).is_none_or(|offset| *offset == 0) {
+                join(&mut parts, at..end);
+            } else {
+                let block = self.block(index).await?;
+                let free = (at..end).filter(|cluster| get_count(block, order, cluster - base) == 0);
+                free.for_each(|cluster| join(&mut parts, cluster..cluster + 1));
+            }
+            at = end;
+        }
+        Ok(parts)
     }
 
     async fn add_in_block(&mut self, index: u64, within: Range<u64>, delta: i64) -> Result<(), Error> {

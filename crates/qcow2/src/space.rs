@@ -135,7 +135,7 @@ impl Qcow2 {
                 }
                 Err(error) => return Err(error),
             }
-            for free in self.unused(meta, run).await? {
+            for free in meta.refcounts()?.unused(run).await? {
                 let (start, len) = (
                     free.start << self.cluster_bits,
                     (free.end - free.start) << self.cluster_bits,
@@ -146,21 +146,6 @@ impl Qcow2 {
             }
         }
         Ok(())
-    }
-
-    /// The parts of a run that nothing counts.
-    async fn unused(&self, meta: &mut Meta, run: Range<u64>) -> Result<Vec<Range<u64>>, Error> {
-        let mut parts: Vec<Range<u64>> = Vec::new();
-        for cluster in run {
-            if meta.refcounts()?.get(cluster).await? != 0 {
-                continue;
-            }
-            match parts.last_mut() {
-                Some(part) if part.end == cluster => part.end += 1,
-                _ => parts.push(cluster..cluster + 1),
-            }
-        }
-        Ok(parts)
     }
 
     /// Everything durable, nothing pending, no reserve; the file ends with the last cluster that is used.

@@ -429,3 +429,27 @@ fn a_large_range_is_mapped_without_more_space_than_it_needs() {
         image.close().await.unwrap();
     });
 }
+
+/// Zeros that keep their space, and zeros that have none, are told apart.
+#[test]
+fn a_map_of_zeros_ends_where_their_space_does() {
+    let setup = Setup::new(layout(4096, 1 << 20), 0, &mut Rng(1));
+    block_on(async {
+        let image = setup.open(false).await;
+        image.write(IoBuf::from_vec(vec![1; 4096]), 4096).await.unwrap();
+        image.write_zeroes(4096, 4096, false).await.unwrap();
+        let extent = image.map(4096, 8192).await.unwrap();
+        assert!(matches!(extent.mapping, Mapping::Zero { offset: Some(_) }));
+        image.close().await.unwrap();
+    });
+    let setup = Setup::new(layout(4096, 1 << 20), 1 << 20, &mut Rng(1));
+    block_on(async {
+        let image = setup.open(false).await;
+        image.write_zeroes(0, 4096, false).await.unwrap();
+        image.write(IoBuf::from_vec(vec![1; 4096]), 4096).await.unwrap();
+        image.write_zeroes(4096, 4096, false).await.unwrap();
+        let extent = image.map(0, 8192).await.unwrap();
+        assert_eq!((extent.len, extent.mapping), (4096, Mapping::Zero { offset: None }));
+        image.close().await.unwrap();
+    });
+}
