@@ -194,8 +194,10 @@ mod tests {
         header
     }
 
+    type Meaning = (Option<String>, Option<String>, u64, u64, usize);
+
     /// What a reader goes by.
-    fn meaning(cluster: &[u8]) -> Result<(Option<String>, Option<String>, u64, u64, usize), String> {
+    fn meaning(cluster: &[u8]) -> Result<Meaning, String> {
         let header = Header::decode(cluster, LEN).map_err(|e| e.to_string())?;
         Ok((
             header.backing_file.clone(),
