@@ -95,10 +95,13 @@ fn case(qemu: &Qemu, directory: &Path, kind: &Kind, bytes: &[u8], said: &str) {
         "{said}\nAFTER {words}"
     );
     // Where QEMU can repair everything, so can we, unless it drops snapshots (those that it finds no table of, and in
-    // some images with bitmaps all) or bitmaps lie on other metadata, where we do not follow them. And it makes the file
+    // some images with bitmaps all) or
+    // bitmaps or snapshots lie on other metadata, where we do not follow them. And it makes the file
     // as long as the refcount table says, so that what lay past its end is in it afterwards.
     let drops = [
         "Snapshot table is too big",
+        "snapshots; there are at most",
+        "the L1 table of a snapshot",
         "is incomplete",
         "is outside image",
         " and bitmaps",
