@@ -139,7 +139,9 @@ impl Node for FileNode {
 
 /// Whether the range begins with data or with a hole, and how long that is. Data where nobody can tell.
 fn extent(file: &File, offset: u64, len: u64) -> (bool, u64) {
-    let Some(fd) = file.as_fd() else { return (true, len) };
+    let Some(fd) = file.as_fd() else {
+        return (true, len);
+    };
     // The position that this moves is nobody's: all I/O says where it goes.
     match seek(fd, SeekFrom::Data(offset)) {
         Ok(at) if at > offset => (false, (at - offset).min(len)),

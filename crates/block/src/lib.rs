@@ -33,6 +33,6 @@ pub use limits::Limits;
 pub use lock::{Conflict, LockMode};
 pub use node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved, ZoneOp};
 pub use qcow2::{BackingImage, ImageFormat, Qcow2CreateOptions, Qcow2Created, Qcow2Node, create_qcow2};
-pub use zbdkit_qcow2::{CheckReport, Layout as Qcow2Layout, Preallocation, Repair};
 pub use raw::RawNode;
+pub use zbdkit_qcow2::{CheckReport, Layout as Qcow2Layout, Preallocation, Repair};
 pub use zoned::{ImageStatus, RunStateMode, ZonedNode, ZonedOptions, create_sidecar, default_sidecar};

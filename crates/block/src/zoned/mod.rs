@@ -68,7 +68,10 @@ enum Durability {
     ReadOnly,
     /// The zone table; `sync_writes` where every write is made durable before it is acknowledged, as there is no
     /// run state.
-    Table { committer: Committer, sync_writes: bool },
+    Table {
+        committer: Box<Committer>,
+        sync_writes: bool,
+    },
 }
 
 impl ZonedNode {

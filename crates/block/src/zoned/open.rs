@@ -337,7 +337,7 @@ impl<'a> Opening<'a> {
         let run_state = self.begin_epoch().await?;
         let sync_writes = *self.run_state == RunStateMode::Sync;
         let durability = Durability::Table {
-            committer: Committer::new(self.table, self.mirror, self.holder),
+            committer: Box::new(Committer::new(self.table, self.mirror, self.holder)),
             sync_writes,
         };
         let node = ZonedNode::assemble(self.child, engine, Waiters::new(run_state), durability, status);
