@@ -16,6 +16,7 @@ mod header;
 mod image;
 mod l2;
 mod lock;
+mod lookup;
 mod metadata;
 mod pack;
 mod refcounts;
