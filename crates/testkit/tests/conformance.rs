@@ -3,7 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use zbdkit_block::{CreateOptions, Device, Error, Graph, Host, OpenOptions, OsHost, create};
+use zbdkit_block::{
+    CreateOptions, Device, Error, Graph, Host, OpenOptions, OsHost, Qcow2CreateOptions, Qcow2Layout, check, create,
+    create_qcow2,
+};
+use zbdkit_qcow2::Repair;
 use zbdkit_io::{Backend, IoBuf, Runtime, RuntimeOptions, spawn, yield_now};
 use zbdkit_testkit::conformance;
 use zbdkit_testkit::fault::{Action, FaultHost, OpKind, Rule};
@@ -100,6 +104,133 @@ fn raw_with_a_sidecar_conforms() {
 #[test]
 fn raw_with_a_sidecar_conforms_with_direct_io() {
     raw_conforms(true);
+}
+
+/// A qcow2 image of this layout, with zones of `zone_size` bytes, over `base` if there is one.
+async fn qcow2(path: &Path, layout: Qcow2Layout, zone_size: u64, base: Option<&Path>) -> Arc<dyn Host> {
+    let host: Arc<dyn Host> = Arc::new(OsHost);
+    let mut zones = image(path);
+    zones.size = 12 * zone_size;
+    zones.zone_size = Some(zone_size);
+    zones.zone_capacity = Some(zone_size / 4 * 3);
+    let mut options = Qcow2CreateOptions::new(path, zones.size);
+    options.layout = layout;
+    match base {
+        None => options.zones = Some(zones),
+        Some(base) => {
+            let name = base.file_name().unwrap().to_str().unwrap();
+            options.layout.backing = Some((name.to_owned(), Some("qcow2".into())));
+            options.size = None;
+        }
+    }
+    create_qcow2(&host, &options).await.unwrap();
+    host
+}
+
+/// The image conforms, also after it was closed and opened again, and nothing in it is damaged or lost.
+async fn qcow2_conforms(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions) {
+    for _ in 0..2 {
+        let opened = Graph::from_path(path).open(host, options).await;
+        let device = match opened {
+            Err(error) if options.direct && error.to_string().contains("Invalid argument") => {
+                println!("SKIPPED: O_DIRECT is refused for {}", path.display());
+                return;
+            }
+            opened => opened.unwrap(),
+        };
+        assert_eq!(device.driver(), "qcow2");
+        conforms(&device).await;
+        device.close().await.unwrap();
+    }
+    let graph = Graph::from_path(path);
+    let checked = check(host, &graph, options, Repair::None, &mut |_, _| {}).await.unwrap();
+    let (report, zones) = (checked.report.unwrap(), checked.zones.unwrap());
+    assert_eq!(
+        (report.corruptions, report.check_errors, report.leaks, zones.errors),
+        (0, 0, 0, 0),
+        "{report:?} {zones:?}"
+    );
+}
+
+fn layouts() -> impl Iterator<Item = (&'static str, Qcow2Layout, u64)> {
+    let layout = |cluster_size| Qcow2Layout {
+        cluster_size,
+        ..Qcow2Layout::default()
+    };
+    let subclusters = Qcow2Layout {
+        extended_l2: true,
+        ..layout(16384)
+    };
+    let external = Qcow2Layout {
+        data_file: Some("external.data".into()),
+        ..layout(65536)
+    };
+    [
+        ("512", layout(512), 1 << 20),
+        ("4k", layout(4096), 1 << 20),
+        ("64k", layout(65536), 1 << 20),
+        ("2m", layout(2 << 20), 2 << 20),
+        ("subclusters", subclusters, 1 << 20),
+        ("external", external, 1 << 20),
+    ]
+    .into_iter()
+}
+
+#[test]
+fn qcow2_conforms_with_all_sizes_of_clusters() {
+    on_both_backends(|runtime| {
+        for (name, layout, zone_size) in layouts() {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join(name).with_extension("qcow2");
+            runtime.block_on(async {
+                let host = qcow2(&path, layout, zone_size, None).await;
+                qcow2_conforms(&host, &path, &OpenOptions::default()).await;
+            });
+        }
+    });
+}
+
+#[test]
+fn qcow2_conforms_with_direct_io() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    on_both_backends(|runtime| {
+        for (name, layout, zone_size) in layouts().filter(|(name, ..)| ["4k", "64k"].contains(name)) {
+            let path = dir.path().join(format!("{}-{name}.qcow2", runtime.backend()));
+            runtime.block_on(async {
+                let host = qcow2(&path, layout, zone_size, None).await;
+                let options = OpenOptions {
+                    direct: true,
+                    ..OpenOptions::default()
+                };
+                qcow2_conforms(&host, &path, &options).await;
+            });
+        }
+    });
+}
+
+#[test]
+fn a_qcow2_overlay_over_a_used_base_conforms() {
+    on_both_backends(|runtime| {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, path) = (dir.path().join("base.qcow2"), dir.path().join("over.qcow2"));
+        runtime.block_on(async {
+            let host = qcow2(&base, Qcow2Layout::default(), 1 << 20, None).await;
+            let device = Graph::from_path(&base)
+                .open(&host, &OpenOptions::default())
+                .await
+                .unwrap();
+            let lane = device.lane(4);
+            for at in [0, ZONE, ZONE + 4096] {
+                device.write(&lane, block(0x33), at).await.unwrap();
+            }
+            drop(lane);
+            device.close().await.unwrap();
+            let before = std::fs::read(&base).unwrap();
+            let host = qcow2(&path, Qcow2Layout::default(), 1 << 20, Some(&base)).await;
+            qcow2_conforms(&host, &path, &OpenOptions::default()).await;
+            assert_eq!(std::fs::read(&base).unwrap(), before, "the base was changed");
+        });
+    });
 }
 
 /// An image on files with rules before them; the rules are found by the path of the data file.

@@ -1,13 +1,13 @@
 //! What of the interfaces below depends on an image's format.
 
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use zbdkit_block::{
-    CreateOptions, Device, FileOptions, Host, Qcow2CreateOptions, Qcow2Layout, create, create_qcow2 as make,
+    CreateOptions, Device, Graph, Host, OpenOptions, Qcow2CreateOptions, Qcow2Layout, create, create_qcow2 as make,
 };
-use zbdkit_qcow2::{Header, Repair};
+use zbdkit_qcow2::Repair;
 
 use super::steps::Step;
 
@@ -89,30 +89,21 @@ impl Found {
     }
 }
 
-/// Checks the inside of an image, and repairs all that it can if so wished. `areas` are what our extension names.
-pub async fn check(
-    host: &Arc<dyn Host>,
-    path: &Path,
-    data: Option<&Path>,
-    areas: &[(Range<u64>, &'static str)],
-    repair: bool,
-) -> Result<Found, String> {
-    let open = |path: &Path| {
-        let file = host.open(path, &FileOptions::existing(false));
-        file.map_err(|error| format!("{} does not open: {error:?}", path.display()))
+/// Checks an image, zones included, and repairs all that it can if so wished.
+pub async fn check(host: &Arc<dyn Host>, path: &Path, repair: bool) -> Result<Found, String> {
+    let options = OpenOptions {
+        lock_wait: Duration::ZERO,
+        ..OpenOptions::default()
     };
-    let file = open(path)?;
-    let data = data.map(open).transpose()?;
-    let header = Header::read(&file)
-        .await
-        .map_err(|error| format!("its header: {error}"))?;
     let repair = if repair { Repair::All } else { Repair::None };
-    let report = zbdkit_qcow2::check(&file, &header, data.as_ref(), areas, repair, &mut |_, _| {}).await;
-    let report = report.map_err(|error| format!("it cannot be checked: {error}"))?;
+    let checked = zbdkit_block::check(host, &Graph::from_path(path), &options, repair, &mut |_, _| {}).await;
+    let checked = checked.map_err(|error| format!("it cannot be checked: {error}"))?;
+    let report = checked.report.ok_or("it was not taken for qcow2")?;
+    let zones = checked.zones.ok_or("its zones were not checked")?;
     Ok(Found {
-        corruptions: report.corruptions + report.check_errors,
+        corruptions: report.corruptions + report.check_errors + zones.errors,
         leaks: report.leaks,
-        messages: report.messages,
+        messages: report.messages.into_iter().chain(zones.messages).collect(),
     })
 }
 

@@ -80,17 +80,6 @@ impl Image {
         matches!(self, Image::Qcow2(_))
     }
 
-    fn data(&self) -> Option<PathBuf> {
-        match self {
-            Image::Qcow2(image) => image
-                .layout
-                .data_file
-                .as_ref()
-                .map(|name| Path::new(DIR).join(name)),
-            Image::Raw(_) => None,
-        }
-    }
-
     /// The path of an image called so.
     fn path(&self, name: &str) -> PathBuf {
         let extension = if self.is_qcow2() { "qcow2" } else { "raw" };
@@ -114,7 +103,6 @@ impl Image {
         let mut prepared = Prepared {
             path: self.path("disk"),
             qcow2: self.is_qcow2(),
-            data: self.data(),
             fixed,
             snapshots: Vec::new(),
             first_id,
@@ -153,8 +141,6 @@ pub struct Prepared {
     pub path: PathBuf,
     /// Its format.
     pub qcow2: bool,
-    /// Its external data file.
-    pub data: Option<PathBuf>,
     /// Files that must never change.
     pub fixed: Vec<PathBuf>,
     /// The snapshots, and what the image must show when they are applied.
@@ -199,11 +185,9 @@ impl Prepared {
 
     /// Checks the image, repairing all that can be; also what the repair left of the files.
     fn check(&self, runtime: &Runtime, disk: &Disk, repair: bool) -> Result<(format::Found, Disk), String> {
-        let areas = self.words(disk)?.areas.unwrap_or_default();
-        let data = self.data.as_deref();
         let machine = Machine::new(disk.clone(), Behaviour::default(), 1);
         let host = machine.host();
-        let check = format::check(&host, &self.path, data, &areas, repair);
+        let check = format::check(&host, &self.path, repair);
         let found = drive(runtime, &machine, check)?;
         Ok((found, machine.disk()))
     }

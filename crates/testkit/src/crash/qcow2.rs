@@ -1,7 +1,5 @@
 //! What a qcow2 file says about its zones, read without the code under test.
 
-use std::ops::Range;
-
 use zbdkit_zone::{Condition, ZoneInfo, ZoneType};
 
 use super::disk::Image;
@@ -18,9 +16,6 @@ const EXT_ZBDKIT: u32 = 0x7a62_646b;
 const ZONED_FORMAT: u64 = 1 << 5;
 /// Our incompatible and our autoclear feature bit have the same number.
 const OURS: u64 = 1 << 40;
-/// Bytes of the directory of snapshots' zone tables before its entries, and of each of them.
-const DIRECTORY: u64 = 32;
-const DIRECTORY_ENTRY: u64 = 64;
 /// In a word of the drafts' table: the zone is conventional.
 const CONVENTIONAL: u64 = 1 << 63;
 
@@ -31,8 +26,8 @@ pub struct ZoneWords {
     pub words: Vec<u64>,
     /// States that the drafts cannot express were announced.
     pub states: bool,
-    /// What our extension names, while it is the truth.
-    pub areas: Option<Vec<(Range<u64>, &'static str)>>,
+    /// Our own table is the truth.
+    pub ours: bool,
 }
 
 /// Reads the drafts' extension and its table.
@@ -49,18 +44,17 @@ pub fn zone_words(file: &Image) -> Result<ZoneWords, String> {
     if at != HEADER {
         return Err(format!("its header has {at} bytes"));
     }
-    let (mut zoned, mut ours) = (None, None);
+    let (mut zoned, mut ours) = (None, false);
     while at + 8 <= header.len() && half(at) != 0 {
         let (magic, len) = (half(at), half(at + 4) as usize);
         match magic {
             EXT_ZONED if len == LAYOUT_C => zoned = Some(at + 8),
             EXT_ZONED => return Err(format!("its zone extension has {len} bytes")),
-            EXT_ZBDKIT => ours = Some(at + 8),
+            EXT_ZBDKIT => ours = true,
             _ => {}
         }
         at += 8 + len.next_multiple_of(8);
     }
-    let ours = ours.filter(|_| autoclear & OURS != 0);
     let Some(zoned) = zoned.filter(|_| incompatible & ZONED_FORMAT != 0) else {
         return Err(format!(
             "it has no zones: extension {zoned:?}, incompatible features {incompatible:#x}"
@@ -75,33 +69,8 @@ pub fn zone_words(file: &Image) -> Result<ZoneWords, String> {
     Ok(ZoneWords {
         words: words.collect(),
         states: incompatible & OURS != 0,
-        areas: ours.map(|at| {
-            areas(
-                file,
-                (word(at + 8), word(at + 16)),
-                (word(at + 24), word(at + 32)),
-            )
-        }),
+        ours: ours && autoclear & OURS != 0,
     })
-}
-
-/// What our extension names: our table, and the directory of the snapshots' tables with what that names in turn.
-fn areas(file: &Image, table: (u64, u64), directory: (u64, u64)) -> Vec<(Range<u64>, &'static str)> {
-    let range = |(offset, len): (u64, u64)| offset..offset + len;
-    let mut areas = vec![(range(table), "zone table")];
-    if directory.0 == 0 {
-        return areas;
-    }
-    areas.push((range(directory), "directory of zone tables"));
-    let entries = (directory.1 - DIRECTORY) / DIRECTORY_ENTRY;
-    for entry in 0..entries {
-        let mut bytes = [0; 16];
-        file.read(directory.0 + DIRECTORY + entry * DIRECTORY_ENTRY + 32, &mut bytes);
-        let (words, _) = bytes.as_chunks::<8>();
-        let table = (u64::from_be_bytes(words[0]), u64::from_be_bytes(words[1]));
-        areas.push((range(table), "zone table of a snapshot"));
-    }
-    areas
 }
 
 /// What was found in a crashed file against what its opening made of it. `stale` says that a zone was reset or
@@ -132,7 +101,7 @@ pub fn judge(found: &ZoneWords, zones: &[ZoneInfo], stale: impl Fn(usize) -> boo
     }
     let inexpressible = |zone: &&ZoneInfo| hidden(zone) || zone.kind == ZoneType::SequentialPreferred;
     match zones.iter().find(inexpressible) {
-        Some(zone) if found.areas.is_some() && !found.states => Err(format!(
+        Some(zone) if found.ours && !found.states => Err(format!(
             "zone {}: it is {} ({:?}), and the header does not say that such a thing is there",
             zone.zone, zone.condition, zone.kind
         )),

@@ -5,6 +5,8 @@
 //! must hold. In between and in the end each hand reads and checks the images by itself: contents are the model's,
 //! and `check` finds neither an error nor a leak. What goes wrong is made short before it is told, by leaving out
 //! steps and requests as long as something still goes wrong.
+//!
+//! One sequence in eight is about an image with zones ([`zoned`]), which QEMU can only be asked about.
 
 pub mod content;
 pub mod damage;
@@ -19,3 +21,4 @@ pub mod sequence;
 pub mod shuffled;
 pub mod tools;
 pub mod world;
+pub mod zoned;

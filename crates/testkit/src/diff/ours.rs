@@ -453,14 +453,14 @@ fn job<'a>(image: &'a Qcow2, sources: &Sources, op: &Op) -> Job<'a> {
 }
 
 /// Polls all jobs, in an order that changes, until each has ended; the results in the jobs' order.
-async fn all(jobs: Vec<Job<'_>>, turns: &mut Rng) -> Vec<Result<Option<Vec<u8>>, Error>> {
+pub(super) async fn all<F: Future + Unpin>(jobs: Vec<F>, turns: &mut Rng) -> Vec<F::Output> {
     let mut results: Vec<_> = jobs.iter().map(|_| None).collect();
-    let mut left: Vec<(usize, Job<'_>)> = jobs.into_iter().enumerate().collect();
+    let mut left: Vec<(usize, F)> = jobs.into_iter().enumerate().collect();
     poll_fn(|cx| {
         for last in (1..left.len()).rev() {
             left.swap(last, turns.below(last as u64 + 1) as usize);
         }
-        left.retain_mut(|(index, job)| match job.as_mut().poll(cx) {
+        left.retain_mut(|(index, job)| match Pin::new(job).poll(cx) {
             Poll::Ready(result) => {
                 results[*index] = Some(result);
                 false
