@@ -270,7 +270,8 @@ impl<'a> Zoned<'a> {
     fn compare(&mut self) -> Result<()> {
         let device = self.device.clone().context("it is open")?;
         let buf = IoBuf::alloc(self.content.len() as usize);
-        let read = device.read(&device.lane(1), buf.clone(), 0, CrossZone::Allow);
+        let lane = device.lane(1);
+        let read = device.read(&lane, buf.clone(), 0, CrossZone::Allow);
         let read = self.runtime.block_on(read);
         read.map_err(|error| anyhow!("read: {error}"))?;
         self.content.compare(&self.world.sources, &buf.to_vec(), 0)
