@@ -449,7 +449,10 @@ fn a_map_of_zeros_ends_where_their_space_does() {
         image.write(IoBuf::from_vec(vec![1; 4096]), 4096).await.unwrap();
         image.write_zeroes(4096, 4096, false).await.unwrap();
         let extent = image.map(0, 8192).await.unwrap();
-        assert_eq!((extent.len, extent.mapping), (4096, Mapping::Zero { offset: None }));
+        assert_eq!(
+            (extent.len, extent.mapping),
+            (4096, Mapping::Zero { offset: None })
+        );
         image.close().await.unwrap();
     });
 }

@@ -4,11 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use zbdkit_block::{
-    CreateOptions, Device, Error, Graph, Host, OpenOptions, OsHost, Qcow2CreateOptions, Qcow2Layout, check, create,
-    create_qcow2,
+    CreateOptions, Device, Error, Graph, Host, OpenOptions, OsHost, Qcow2CreateOptions, Qcow2Layout, check,
+    create, create_qcow2,
 };
-use zbdkit_qcow2::Repair;
 use zbdkit_io::{Backend, IoBuf, Runtime, RuntimeOptions, spawn, yield_now};
+use zbdkit_qcow2::Repair;
 use zbdkit_testkit::conformance;
 use zbdkit_testkit::fault::{Action, FaultHost, OpKind, Rule};
 
@@ -143,10 +143,17 @@ async fn qcow2_conforms(host: &Arc<dyn Host>, path: &Path, options: &OpenOptions
         device.close().await.unwrap();
     }
     let graph = Graph::from_path(path);
-    let checked = check(host, &graph, options, Repair::None, &mut |_, _| {}).await.unwrap();
+    let checked = check(host, &graph, options, Repair::None, &mut |_, _| {})
+        .await
+        .unwrap();
     let (report, zones) = (checked.report.unwrap(), checked.zones.unwrap());
     assert_eq!(
-        (report.corruptions, report.check_errors, report.leaks, zones.errors),
+        (
+            report.corruptions,
+            report.check_errors,
+            report.leaks,
+            zones.errors
+        ),
         (0, 0, 0, 0),
         "{report:?} {zones:?}"
     );

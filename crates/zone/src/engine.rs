@@ -333,7 +333,11 @@ impl DerefMut for Locked<'_> {
     }
 }
 
-pub(crate) fn check_record(geometry: &Geometry, zone: ZoneNo, record: &ZoneRecord) -> Result<(), RecordError> {
+pub(crate) fn check_record(
+    geometry: &Geometry,
+    zone: ZoneNo,
+    record: &ZoneRecord,
+) -> Result<(), RecordError> {
     let written = record.written;
     if geometry.zone_type(zone) == ZoneType::Conventional {
         let plain = written == 0 && !record.finished;

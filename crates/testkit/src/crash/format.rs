@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use zbdkit_block::{
-    CreateOptions, Device, Graph, Host, OpenOptions, Qcow2CreateOptions, Qcow2Layout, create, create_qcow2 as make,
+    CreateOptions, Device, Graph, Host, OpenOptions, Qcow2CreateOptions, Qcow2Layout, create,
+    create_qcow2 as make,
 };
 use zbdkit_qcow2::Repair;
 

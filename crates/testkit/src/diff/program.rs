@@ -176,10 +176,8 @@ impl Program {
         snapshot: Option<&str>,
     ) -> Result<Vec<u8>> {
         let mut arguments = vec!["convert", "-f", format, "-O", "raw"];
-        let of_snapshot;
         if let Some(snapshot) = snapshot {
-            of_snapshot = format!("snapshot.name={snapshot}");
-            arguments.extend(["-l", &of_snapshot]);
+            arguments.extend(["-l", snapshot]);
         }
         arguments.extend([name, "read.raw"]);
         self.img(world, arguments)?.success()?;

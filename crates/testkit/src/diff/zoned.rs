@@ -14,7 +14,9 @@ use zbdkit_block::{
 };
 use zbdkit_io::{IoBuf, Runtime};
 use zbdkit_qcow2::{Compression, Header, Layout as Qcow2Layout};
-use zbdkit_spec::qcow2::{EXT_ZBDKIT, EXT_ZONED, INCOMPAT_ZONE_STATES, INCOMPAT_ZONED};
+use zbdkit_spec::qcow2::{
+    EXT_ZBDKIT, EXT_ZONED, INCOMPAT_ZONE_STATES, INCOMPAT_ZONED, SnapshotDirectory, SnapshotZones,
+};
 use zbdkit_zone::{CloseEmpty, Condition, Filter, Model, ZoneInfo, ZoneType};
 
 use crate::kill::rng::Rng;
@@ -27,6 +29,9 @@ use super::world::World;
 
 const NAME: &str = "zoned.qcow2";
 const COPY: &str = "copy.qcow2";
+/// Bytes of the head of the snapshots' directory, and of an entry.
+const DIRECTORY_HEAD: u64 = size_of::<SnapshotDirectory>() as u64;
+const DIRECTORY_ENTRY: u64 = size_of::<SnapshotZones>() as u64;
 
 /// A zoned image, and what it must hold.
 pub struct Zoned<'a> {
@@ -295,7 +300,13 @@ impl<'a> Zoned<'a> {
         };
         let number = header.extension(EXT_ZONED).and_then(|data| data.get(4..8));
         let number = number.map_or(0, |data| u32::from_be_bytes(data.try_into().expect("four bytes")));
-        let tables = [u64::from(number) * 8, word(EXT_ZBDKIT, 16), word(EXT_ZBDKIT, 32)];
+        let (directory, directory_len) = (word(EXT_ZBDKIT, 24), word(EXT_ZBDKIT, 32));
+        let mut tables = vec![u64::from(number) * 8, word(EXT_ZBDKIT, 16), directory_len];
+        for entry in 0..directory_len.saturating_sub(DIRECTORY_HEAD) / DIRECTORY_ENTRY {
+            let at = (directory + DIRECTORY_HEAD + entry * DIRECTORY_ENTRY + 40) as usize;
+            let len = bytes.get(at..at + 8).context("the directory ends early")?;
+            tables.push(u64::from_be_bytes(len.try_into().expect("eight bytes")));
+        }
         let clusters: u64 = tables.iter().map(|len| len.div_ceil(self.cluster)).sum();
         header.incompatible &= !(INCOMPAT_ZONED | INCOMPAT_ZONE_STATES);
         std::fs::write(self.world.path(COPY), &bytes)?;
