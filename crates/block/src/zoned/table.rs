@@ -394,12 +394,17 @@ fn is_consistent(header: &Header) -> bool {
         && header.epoch.get() < COUNTER_END
 }
 
+/// Reads bytes, also where direct I/O wants more than these.
 pub async fn read_at(file: &File, offset: u64, len: usize) -> Result<Vec<u8>, TableError> {
-    let buf = IoBuf::alloc(len);
-    file.read(buf.clone(), offset)
+    let align = u64::from(file.direct_align().unwrap_or(1).max(1));
+    let start = offset / align * align;
+    let end = (offset + len as u64).next_multiple_of(align);
+    let buf = IoBuf::alloc((end - start) as usize);
+    file.read(buf.clone(), start)
         .await
         .map_err(|e| TableError::Io("reading", e))?;
-    Ok(buf.to_vec())
+    let within = (offset - start) as usize;
+    Ok(buf.slice(within..within + len).to_vec())
 }
 
 pub async fn write_at(file: &File, bytes: &[u8], offset: u64) -> Result<(), TableError> {

@@ -80,7 +80,8 @@ impl Rig {
 
     pub fn try_open(&self, name: &str, options: OpenOptions) -> Result<Device, OpenError> {
         let options = OpenOptions {
-            lock_wait: Duration::from_millis(300),
+            // The kernel may let go of a closed file a little later.
+            lock_wait: Duration::from_secs(3),
             ..options
         };
         self.block_on(Graph::from_path(self.path(name)).open(&host(), &options))
@@ -111,7 +112,8 @@ impl Rig {
 
     pub fn open_graph(&self, text: &str) -> Result<Device, OpenError> {
         let options = OpenOptions {
-            lock_wait: Duration::from_millis(300),
+            // The kernel may let go of a closed file a little later.
+            lock_wait: Duration::from_secs(3),
             ..OpenOptions::default()
         };
         self.block_on(Graph::parse(text)?.open(&host(), &options))

@@ -101,10 +101,12 @@ pub async fn check(host: &Arc<dyn Host>, path: &Path, repair: bool) -> Result<Fo
     let checked = checked.map_err(|error| format!("it cannot be checked: {error}"))?;
     let report = checked.report.ok_or("it was not taken for qcow2")?;
     let zones = checked.zones.ok_or("its zones were not checked")?;
+    // Without errors they only say what the next opening will do.
+    let zone_errors = zones.messages.into_iter().filter(|_| zones.errors > 0);
     Ok(Found {
         corruptions: report.corruptions + report.check_errors + zones.errors,
         leaks: report.leaks,
-        messages: report.messages.into_iter().chain(zones.messages).collect(),
+        messages: report.messages.into_iter().chain(zone_errors).collect(),
     })
 }
 
