@@ -110,7 +110,7 @@ pub fn run(options: &Options, say: &(dyn Fn(&str) + Sync)) -> Result<Summary> {
             let failure = ran
                 .error
                 .as_ref()
-                .map(|_| shorten(options, &plan, &directory))
+                .map(|error| shorten(options, &plan, &directory, error))
                 .transpose()?;
             let mut summary = summary.lock().expect("nobody panics with it");
             for (what, (done, refused)) in &ran.counts {
@@ -222,7 +222,7 @@ fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
 }
 
 /// Leaves out of a failing sequence what it fails without, in large pieces first, and keeps the images of what is left.
-fn shorten(options: &Options, plan: &Plan, directory: &Path) -> Result<Failure> {
+fn shorten(options: &Options, plan: &Plan, directory: &Path, first: &str) -> Result<Failure> {
     let scratch = directory.with_extension("shorter");
     let mut plan = plan.clone();
     let mut budget = options.shrink;
@@ -254,9 +254,9 @@ fn shorten(options: &Options, plan: &Plan, directory: &Path) -> Result<Failure> 
     Ok(Failure {
         seed: plan.seed,
         skip: plan.skip,
-        what: ran.error.unwrap_or_else(|| {
-            "it failed once and then no longer: its outcome depends on more than its seed".into()
-        }),
+        what: ran
+            .error
+            .unwrap_or_else(|| format!("once, and not when it was played again: {first}")),
         trace: ran.trace,
         kept,
     })
