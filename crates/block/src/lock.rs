@@ -3,7 +3,7 @@
 //! Each use of an image is a shared open-file-description lock on one byte: byte 100 + p for a permission that
 //! is used, byte 200 + p for one that is not shared with others. Having taken its own bytes, an opener looks
 //! whether anybody holds a byte that clashes. The locks live as long as the open file description, so they
-//! outlast a killed process's I/O in flight.
+//! outlast a killed process's I/O in flight; the last handle of a [`zbdkit_io::File`] gives them back.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -152,6 +152,8 @@ fn holder(fd: BorrowedFd<'_>) -> String {
 mod tests {
     use std::os::fd::AsFd;
 
+    use zbdkit_io::{File, FileKind};
+
     use super::*;
 
     fn open(path: &std::path::Path) -> std::fs::File {
@@ -171,6 +173,21 @@ mod tests {
         assert_eq!(conflict.permission, "write");
         assert!(acquire(second.as_fd(), LockMode::Read, Duration::ZERO).is_err());
         drop(first);
+        acquire(second.as_fd(), LockMode::Write, Duration::ZERO).unwrap();
+    }
+
+    #[test]
+    fn the_last_handle_of_a_file_gives_its_locks_back_whoever_keeps_the_description() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (first, second) = (open(file.path()), open(file.path()));
+        acquire(first.as_fd(), LockMode::Write, Duration::ZERO).unwrap();
+        // As a ring does that has not been told yet that a worker of the kernel is done.
+        let _kept = first.try_clone().unwrap();
+        let handle = File::from_fd(first.into(), FileKind::default());
+        let clone = handle.clone();
+        drop(handle);
+        assert!(acquire(second.as_fd(), LockMode::Read, Duration::ZERO).is_err());
+        drop(clone);
         acquire(second.as_fd(), LockMode::Write, Duration::ZERO).unwrap();
     }
 

@@ -92,6 +92,17 @@ struct FdFile {
     in_memory: bool,
 }
 
+impl Drop for FdFile {
+    fn drop(&mut self) {
+        // A ring may keep the open file description after the last operation was completed: where a worker thread of
+        // the kernel lets go of it last, that waits until the ring is entered again. No I/O is left in flight here,
+        // so nothing is guarded by a lock any more.
+        if !self.stream {
+            sys::unlock_all(self.fd.as_raw_fd());
+        }
+    }
+}
+
 /// Zeros written at once where the file system cannot make a hole.
 const ZEROS: u64 = 1 << 20;
 
@@ -99,7 +110,8 @@ const ZEROS: u64 = 1 << 20;
 const BOUNCE: usize = 1 << 20;
 
 impl File {
-    /// Takes over a descriptor, open for what will be done with it. For a pipe or a socket offsets are ignored.
+    /// Takes over a descriptor, open for what will be done with it. For a pipe or a socket offsets are ignored. With the
+    /// last handle the locks of its open file description (fcntl(2), F_OFD_SETLK) go, too.
     pub fn from_fd(fd: OwnedFd, kind: FileKind) -> File {
         let (stream, in_memory) = (sys::is_stream(&fd), sys::is_tmpfs(&fd));
         let direct_align = kind.direct_align.filter(|align| *align > 1);

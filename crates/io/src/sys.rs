@@ -74,6 +74,19 @@ pub(crate) fn fallocate(fd: RawFd, mode: i32, offset: u64, len: u64) -> i32 {
     result(unsafe { libc::fallocate(fd, mode, offset as libc::off_t, len as libc::off_t) } as isize)
 }
 
+/// Gives back what record locks (fcntl(2), F_OFD_SETLK) the descriptor's open file description has.
+pub(crate) fn unlock_all(fd: RawFd) {
+    let everything = libc::flock {
+        l_type: libc::F_UNLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the structure outlives the call, which only reads it. It fails only where there are no locks.
+    unsafe { libc::fcntl(fd, libc::F_OFD_SETLK, &raw const everything) };
+}
+
 fn result(done: isize) -> i32 {
     if done < 0 {
         // The calls above return -1 on failure only.

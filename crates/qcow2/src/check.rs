@@ -387,6 +387,7 @@ impl Work {
             refs: &self.refs,
             disk: &mut self.disk,
             found: &mut self.found,
+            external: image.header.external_data(),
             later: 0,
         };
         flags.go(image, progress).await?;

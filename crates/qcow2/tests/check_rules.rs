@@ -116,10 +116,11 @@ fn a_flag_that_contradicts_the_count_is_set_right() {
     assert_ne!(own & COPIED, 0);
     image.set_entry(3, own & !COPIED);
     let said = format!(
-        "ERROR OFLAG_COPIED data cluster: l2_entry={:x} refcount=1",
+        "Leaked OFLAG_COPIED data cluster: l2_entry={:x} refcount=1",
         own & !COPIED
     );
-    image.expect(Class::Corruptions, &said, Class::Clean);
+    // It costs a needless copy.
+    image.expect(Class::Leaks, &said, Class::Clean);
     assert_eq!(image.entry(3), own);
     let shared = image.entry(0);
     assert_eq!(shared & COPIED, 0);
@@ -133,8 +134,8 @@ fn a_flag_that_contradicts_the_count_is_set_right() {
     let table = word(&image.bytes, l1);
     set_word(&mut image.bytes, l1, table ^ COPIED);
     image.expect(
-        Class::Corruptions,
-        "ERROR OFLAG_COPIED L2 cluster: l1_index=0",
+        Class::Leaks,
+        "Leaked OFLAG_COPIED L2 cluster: l1_index=0",
         Class::Clean,
     );
     assert_eq!(word(&image.bytes, l1), table);
@@ -150,7 +151,7 @@ fn a_leak_repair_sets_flags_right_where_nothing_else_is_wrong() {
     // The wrong flag is only one once the count is right.
     assert_eq!(
         (report.leaks_fixed, Counts::from(&report).class()),
-        (1, Class::Clean),
+        (2, Class::Clean),
         "{report:?}"
     );
     assert_eq!(image.entry(3), own);

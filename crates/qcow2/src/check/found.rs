@@ -1,6 +1,7 @@
 //! What a pass found.
 
 use std::fmt;
+use std::ops::AddAssign;
 
 use super::CheckReport;
 
@@ -20,6 +21,20 @@ pub struct Found {
     /// Places whose refcounts could not be read.
     pub unreadable_blocks: u64,
     unlisted: u64,
+}
+
+/// Findings that are done away with.
+#[derive(Clone, Copy, Default)]
+pub struct Mended {
+    pub corruptions: u64,
+    pub leaks: u64,
+}
+
+impl AddAssign for Mended {
+    fn add_assign(&mut self, other: Mended) {
+        self.corruptions += other.corruptions;
+        self.leaks += other.leaks;
+    }
 }
 
 impl Found {
@@ -50,10 +65,23 @@ impl Found {
         self.say(what);
     }
 
+    /// Something that wastes space and harms nothing.
+    pub fn leak(&mut self, what: fmt::Arguments<'_>) {
+        self.report.leaks += 1;
+        self.say(what);
+    }
+
     /// So many of the corruptions are no more.
     pub fn fixed(&mut self, corruptions: u64) {
         self.report.corruptions -= corruptions.min(self.report.corruptions);
         self.report.corruptions_fixed += corruptions;
+    }
+
+    /// So much is no more.
+    pub fn mended(&mut self, mended: Mended) {
+        self.fixed(mended.corruptions);
+        self.report.leaks -= mended.leaks.min(self.report.leaks);
+        self.report.leaks_fixed += mended.leaks;
     }
 
     /// None of the leaks is any more.

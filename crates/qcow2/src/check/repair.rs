@@ -13,7 +13,7 @@ use zbdkit_spec::qcow2::{L1E_OFFSET_MASK, MAX_REFTABLE_BYTES};
 use super::counts::Use;
 use super::disk::{Block, Differences, Disk, needed};
 use super::entries::{Cluster, Rules};
-use super::found::Found;
+use super::found::{Found, Mended};
 use super::references::{L1, References, mend_l1, runs};
 use super::{Image, Progress, Repair};
 use crate::error::Error;
@@ -247,6 +247,8 @@ pub struct Flags<'a> {
     pub refs: &'a References,
     pub disk: &'a mut Disk,
     pub found: &'a mut Found,
+    /// Guest data lies in a file of its own.
+    pub external: bool,
     /// Flags that can only be set when the counts were lowered.
     pub later: u64,
 }
@@ -288,7 +290,7 @@ impl Flags<'_> {
             let Ok(mut bytes) = read_at(image.file, start, size as usize).await else {
                 continue;
             };
-            let (mut changed, mut fixed) = (false, 0);
+            let (mut changed, mut fixed) = (false, Mended::default());
             let used = ((end - start).min(size) / 8) as usize;
             for (i, bytes) in bytes.chunks_exact_mut(8).take(used).enumerate() {
                 let word = u64::from_be_bytes((&*bytes).try_into().expect("eight bytes"));
@@ -300,26 +302,28 @@ impl Flags<'_> {
             }
             if changed && self.refs.counts.used_for(start / size) == for_what {
                 image.write(start, &bytes).await?;
-                self.found.fixed(fixed);
+                self.found.mended(fixed);
             }
         }
         Ok(())
     }
 
-    /// What becomes of an L1 entry, and how many findings that fixes.
-    async fn l1_entry(&mut self, image: &Image<'_>, word: u64, index: u64, for_what: Use) -> (u64, u64) {
+    /// What becomes of an L1 entry, and the findings that fixes.
+    async fn l1_entry(&mut self, image: &Image<'_>, word: u64, index: u64, for_what: Use) -> (u64, Mended) {
         let offset = word & L1E_OFFSET_MASK;
-        let (mut new, mut fixed) = (word, 0);
+        let (mut new, mut fixed) = (word, Mended::default());
         if self.aim.repair == Repair::All && mend_l1(word) != word {
             new = mend_l1(word);
-            fixed += 1;
+            fixed.corruptions += 1;
         }
         if offset == 0 || for_what != Use::L1 || !image.is_aligned(offset) {
             return (new, fixed);
         }
         let what = format_args!("L2 cluster: l1_index={index} l1_entry={word:x}").to_string();
-        let (flag, n) = self.copied(image, offset, word & COPIED, &what).await;
-        (new & !COPIED | flag, fixed + n)
+        let (aim, now) = self.counts(image, offset >> image.header.cluster_bits).await;
+        let (flag, more) = self.judge(aim, aim == now, word & COPIED, &what);
+        fixed += more;
+        (new & !COPIED | flag, fixed)
     }
 
     async fn table(&mut self, image: &mut Image<'_>, offset: u64, bytes: &[u8]) -> Result<(), Error> {
@@ -330,18 +334,19 @@ impl Flags<'_> {
         if bytes.iter().all(|byte| *byte == 0) {
             return Ok(());
         }
-        let (mut new, mut fixed) = (bytes.to_vec(), 0);
+        let (mut new, mut fixed) = (bytes.to_vec(), Mended::default());
         for (index, entry) in rules.entries(bytes).enumerate() {
             let mut mended = entry;
             if self.aim.repair == Repair::All {
                 let (entry, n) = rules.mended(entry);
-                (mended, fixed) = (entry, fixed + n);
+                mended = entry;
+                fixed.corruptions += n;
             }
             if table.active.is_some()
                 && let Cluster::Mapped { offset, .. } = rules.cluster(mended)
             {
                 let flag = mended.word & COPIED;
-                let (flag, n) = if rules.codec.external {
+                let (flag, more) = if rules.codec.external {
                     self.judge(
                         Some(1),
                         true,
@@ -353,14 +358,14 @@ impl Flags<'_> {
                     // Most flags are right: no text is made for those.
                     let (aim, now) = self.counts(image, cluster).await;
                     if aim.is_none_or(|count| (count == 1) == (flag != 0)) {
-                        (flag, 0)
+                        (flag, Mended::default())
                     } else {
                         let what = format!("data cluster: l2_entry={:x}", mended.word);
                         self.judge(aim, aim == now, flag, &what)
                     }
                 };
                 mended.word = mended.word & !COPIED | flag;
-                fixed += n;
+                fixed += more;
             }
             if mended != entry {
                 rules.put(&mut new, index, mended);
@@ -368,14 +373,9 @@ impl Flags<'_> {
         }
         if new != bytes && self.refs.counts.used_for(offset >> image.header.cluster_bits) == Use::L2 {
             image.write(offset, &new).await?;
-            self.found.fixed(fixed);
+            self.found.mended(fixed);
         }
         Ok(())
-    }
-
-    async fn copied(&mut self, image: &Image<'_>, offset: u64, flag: u64, what: &str) -> (u64, u64) {
-        let (aim, now) = self.counts(image, offset >> image.header.cluster_bits).await;
-        self.judge(aim, aim == now, flag, what)
     }
 
     /// The count that the repair is after, and the one in the file.
@@ -384,22 +384,47 @@ impl Flags<'_> {
         (self.aim.count(now, self.refs.counts.get(cluster)), now)
     }
 
-    /// What becomes of a flag, and how many findings that fixes. `settled`: the file has the count already.
-    fn judge(&mut self, count: Option<u64>, settled: bool, flag: u64, what: &str) -> (u64, u64) {
+    /// What becomes of a flag, and the findings that fixes. `settled`: the file has the count already.
+    ///
+    /// A flag that is missing costs a needless copy and harms nothing, so it counts as a leak: a snapshot that was cut
+    /// short leaves such ones, since flags and counts lie in different clusters. Not so with a data file, where nothing
+    /// may move.
+    fn judge(&mut self, count: Option<u64>, settled: bool, flag: u64, what: &str) -> (u64, Mended) {
         let Some(count) = count else {
-            return (flag, 0);
+            return (flag, Mended::default());
         };
         let wanted = if count == 1 { COPIED } else { 0 };
         if wanted == flag {
-            return (flag, 0);
+            return (flag, Mended::default());
         }
         if self.repair && wanted != 0 && !settled {
             self.later += 1;
-            return (flag, 0);
+            return (flag, Mended::default());
         }
-        let verb = if self.repair { "Repairing" } else { "ERROR" };
-        self.found
-            .corruption(format_args!("{verb} OFLAG_COPIED {what} refcount={count}"));
-        if self.repair { (wanted, 1) } else { (flag, 0) }
+        let leak = wanted != 0 && !self.external;
+        let verb = match (self.repair, leak) {
+            (true, _) => "Repairing",
+            (false, true) => "Leaked",
+            (false, false) => "ERROR",
+        };
+        let text = format_args!("{verb} OFLAG_COPIED {what} refcount={count}");
+        let mended = if leak {
+            self.found.leak(text);
+            Mended {
+                leaks: 1,
+                ..Mended::default()
+            }
+        } else {
+            self.found.corruption(text);
+            Mended {
+                corruptions: 1,
+                ..Mended::default()
+            }
+        };
+        if self.repair {
+            (wanted, mended)
+        } else {
+            (flag, Mended::default())
+        }
     }
 }
