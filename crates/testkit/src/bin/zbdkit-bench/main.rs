@@ -239,8 +239,11 @@ fn qcow2_rows(args: &Args, geometry: Geometry, notes: &mut Vec<String>) -> Resul
         }
     }
     if args.only.contains(&RowKind::Full) {
-        let blocks: Vec<u32> = args.blocks.iter().map(|block| block << 10).collect();
-        rows.extend(bench.reads(geometry, &blocks, &args.depths, 1.2)?);
+        for block in &args.blocks {
+            for depth in &args.depths {
+                rows.push(bench.read(geometry, block << 10, *depth, 1.2)?);
+            }
+        }
     }
     if args.only.contains(&RowKind::Allocation) {
         for size in &args.sparse {
