@@ -6,6 +6,7 @@ mod create;
 mod damage;
 mod disk_full;
 mod io;
+mod iotests;
 mod map;
 mod qcow2_check;
 mod qcow2_create;
