@@ -104,7 +104,7 @@ impl Drive for BlockDrive {
 }
 
 /// A zone as the kernel describes it; `None` where that makes no sense.
-fn zone_info(zone: &Zone, flags: u32, zone_size: u64) -> Option<ZoneInfo> {
+pub(super) fn zone_info(zone: &Zone, flags: u32, zone_size: u64) -> Option<ZoneInfo> {
     let bytes = |sectors: u64| sectors.checked_mul(SECTOR_SIZE);
     let (start, len) = (bytes(zone.start)?, bytes(zone.len)?);
     // Kernels before 5.9 report no capacity.

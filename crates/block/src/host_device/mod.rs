@@ -5,10 +5,14 @@
 
 mod blockdev;
 mod drive;
+mod inventory;
 mod ioctl;
+mod look;
 pub mod sysfs;
 mod users;
 
 pub use blockdev::BlockDrive;
 pub use drive::{Drive, DriveFacts};
+pub use inventory::{Hidden, Listed};
+pub use look::Look;
 pub use users::{User, users};

@@ -112,6 +112,11 @@ impl Sysfs {
         Ok(disks)
     }
 
+    /// Where a file or directory of it lies.
+    pub(super) fn path(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.root.join(name)
+    }
+
     /// The block device of that number.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ mod convert;
 mod create;
 mod damage;
 mod disk_full;
+mod host_devices;
 mod io;
 mod iotests;
 mod map;
