@@ -1,4 +1,4 @@
-//! A look at a drive's zones by somebody who does not want the drive: a shared, read-only opening, and calls that block.
+//! A look at a drive by somebody who does not want it: shared, read-only openings, and calls that block.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -60,6 +60,55 @@ impl Look {
     }
 }
 
+/// What this process may do with a device file, and whom it belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// It may read.
+    pub read: bool,
+    /// It may write.
+    pub write: bool,
+    /// The group that the file belongs to.
+    pub group: u32,
+    /// The file's permissions (chmod's bits).
+    pub mode: u32,
+}
+
+impl Access {
+    /// By the file's permissions; a device that a container's rules deny may look accessible.
+    ///
+    /// # Errors
+    /// There is no such file.
+    pub fn to(path: &Path) -> io::Result<Access> {
+        let stat = rustix::fs::stat(path)?;
+        let may = |access| {
+            rustix::fs::accessat(rustix::fs::CWD, path, access, rustix::fs::AtFlags::EACCESS).is_ok()
+        };
+        Ok(Access {
+            read: may(rustix::fs::Access::READ_OK),
+            write: may(rustix::fs::Access::WRITE_OK),
+            group: stat.st_gid,
+            mode: stat.st_mode & 0o7777,
+        })
+    }
+}
+
+/// Whether somebody has claimed the block device for themselves: a mounted file system, device mapper, md, swap, another
+/// program that opened it with O_EXCL.
+///
+/// # Errors
+/// It cannot be opened for reading.
+pub fn is_claimed(path: &Path) -> io::Result<bool> {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_EXCL);
+    match options.open(path) {
+        Ok(_) => Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,5 +120,15 @@ mod tests {
         assert!(look.report(0).is_err());
         assert!(look.capacity().is_err());
         assert!(Look::at(Path::new("/nonexistent"), 1).is_err());
+    }
+
+    #[test]
+    fn access_is_what_the_files_mode_gives() {
+        use std::os::unix::fs::PermissionsExt;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o640)).unwrap();
+        let access = Access::to(file.path()).unwrap();
+        assert_eq!((access.read, access.write, access.mode), (true, true, 0o640));
+        assert!(Access::to(Path::new("/nonexistent")).is_err());
     }
 }

@@ -14,5 +14,5 @@ mod users;
 pub use blockdev::BlockDrive;
 pub use drive::{Drive, DriveFacts};
 pub use inventory::{Hidden, Listed};
-pub use look::Look;
+pub use look::{Access, Look, is_claimed};
 pub use users::{User, users};

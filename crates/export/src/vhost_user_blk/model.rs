@@ -42,6 +42,14 @@ pub enum Unsuitable {
     Size(u64),
 }
 
+/// The configuration space that a driver would see of a device with these limits, served with `queues` of `queue_size`.
+///
+/// # Errors
+/// Why this door cannot carry the device.
+pub fn shown(limits: &Limits, queues: u16, queue_size: u16) -> Result<Config, Unsuitable> {
+    Ok(Model::new(limits, queues, queue_size, "")?.config(None))
+}
+
 /// The fixed properties of a device behind this door.
 #[derive(Debug)]
 pub(super) struct Model {
