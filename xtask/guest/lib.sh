@@ -26,7 +26,8 @@ expect() {
 	echo "ok: $1: $3"
 }
 
-# Makes /dev/nullb0 with the geometry that the drive would have: the kernel's own idea of zones.
+# Makes /dev/nullb0 with the geometry that the drive would have: the kernel's own idea of zones. CAPACITY_MB, where it is set,
+# is what can be written of each.
 make_null_blk() {
 	local dir=/sys/kernel/config/nullb/nullb0
 	modprobe null_blk nr_devices=0 || fail "no null_blk"
@@ -37,11 +38,18 @@ make_null_blk() {
 	echo 1 >$dir/memory_backed
 	echo 1 >$dir/zoned
 	echo "$ZONE_MB" >$dir/zone_size
+	[ -z "$CAPACITY_MB" ] || echo "$CAPACITY_MB" >$dir/zone_capacity
 	echo "$CONVENTIONAL" >$dir/zone_nr_conv
 	echo "$MAX_OPEN" >$dir/zone_max_open
 	echo "$MAX_ACTIVE" >$dir/zone_max_active
 	echo 1 >$dir/power || fail "null_blk refuses this geometry"
 	udevadm settle
+}
+
+# Takes it away again, with what is in it.
+remove_null_blk() {
+	echo 0 >/sys/kernel/config/nullb/nullb0/power
+	rmdir /sys/kernel/config/nullb/nullb0 || fail "null_blk is in use"
 }
 
 # zone NUMBER: "WPTR CONDITION" of one zone, WPTR in 512-byte sectors from its start, as blkzone shows it.

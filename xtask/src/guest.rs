@@ -133,6 +133,17 @@ impl<'rig> Guest<'rig> {
         self
     }
 
+    /// Lets the guest mount a directory of ours read-only, by 9p under that tag.
+    pub fn share_read_only(&mut self, directory: &Path, tag: &str) {
+        let path = escape(directory);
+        self.qemu_args.extend([
+            "-fsdev".to_owned(),
+            format!("local,id={tag},security_model=none,readonly=on,path={path}"),
+            "-device".to_owned(),
+            format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}"),
+        ]);
+    }
+
     /// Runs the guest to its end.
     pub fn run(self) -> Result<GuestResult> {
         self.start()?.finish()

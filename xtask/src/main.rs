@@ -5,6 +5,7 @@ mod demo;
 mod diff;
 mod drive;
 mod guest;
+mod inside;
 mod jobs;
 mod proc;
 mod rig;

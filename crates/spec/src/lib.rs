@@ -4,6 +4,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod blkzoned;
 pub mod qcow2;
 pub mod sidecar;
 pub mod virtio_blk;

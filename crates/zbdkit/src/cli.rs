@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::verbs::{
-    check, commit, compare, completions, convert, create, info, io, man, map, rebase, report, resize, serve,
-    set_zone, snapshot, zones,
+    check, commit, compare, completions, convert, create, info, io, list, man, map, rebase, report, resize,
+    serve, set_zone, snapshot, zones,
 };
 
 /// Makes zoned block devices and attaches them to virtual machines
@@ -79,6 +79,7 @@ pub enum Verb {
     #[command(after_help = zones::FINISH_HELP)]
     Finish(zones::Zones),
     SetZone(set_zone::SetZone),
+    List(list::List),
     Serve(serve::Serve),
     Completions(completions::Completions),
     Man(man::Man),

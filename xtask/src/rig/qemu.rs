@@ -38,6 +38,14 @@ impl Qemu {
         }
     }
 
+    /// The tree that it and its tools are in, unless they are the machine's.
+    pub fn tree(&self) -> Option<&Tree> {
+        match self {
+            Qemu::Host(_) => None,
+            Qemu::Tree(tree) => Some(tree),
+        }
+    }
+
     /// A command that starts `qemu-storage-daemon`, for the same version.
     #[allow(dead_code, reason = "the benchmarks compare with it")]
     pub fn storage_daemon(&self) -> Command {

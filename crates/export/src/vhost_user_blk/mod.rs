@@ -17,6 +17,6 @@ mod stats;
 mod status;
 mod thread;
 
-pub use model::Unsuitable;
+pub use model::{Unsuitable, shown};
 pub use server::{BindError, ServeError, ServeOptions, Server, ServerHandle, Socket};
 pub use stats::Stats;

@@ -1,5 +1,9 @@
-//! `zbdkit check`: whether an image contradicts itself, and repairing it.
+//! `zbdkit check`: whether an image contradicts itself, and repairing it. Of a device of this machine: [`device`].
 
+mod device;
+mod findings;
+
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
@@ -8,11 +12,11 @@ use zbdkit_qcow2::Repair;
 
 use crate::args::OutputArg;
 use crate::image::{ImageArgs, Session, looking};
-use crate::output::{Out, complain, complain_plain, printable};
+use crate::output::{Out, Usage, complain, complain_plain, printable};
 use crate::progress::{Progress, Show};
 use crate::shapes::qemu::{ImageCheck, ZonesCheck};
 
-/// Check that an image is consistent, zones included, and repair it
+/// Check an image's consistency, zones included, and repair it; or whether a host device can be used
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Check {
@@ -63,21 +67,31 @@ Examples:
   zbdkit check -r leaks disk.qcow2
   zbdkit check -r all --output json disk.qcow2
   zbdkit check disk.raw
+  zbdkit check /dev/nullb0
 
 What is wrong is said on stderr, line by line, and summed up on stdout. Of a raw image with zones the zone table is \
 checked. Leaks are space that nothing uses: a crash leaves them, and they do no harm. Do not repair an image of which \
 there is no copy before you have read what is wrong.
+
+Devices:
+  Of a zoned device of this machine, or any that holds no image, it is checked
+  whether zbdkit can use it: permissions, who else uses it, scheduler, cache
+  mode, its zones, and what each door would show of it. Each line is ok, a
+  note, or a problem with what to do about it. Nothing is changed. With -f or
+  --image-opts an image on a device is meant.
 
 JSON:
   As qemu-img prints it: {image-end-offset, total-clusters, corruptions,
   check-errors, leaks, corruptions-fixed, leaks-fixed, allocated-clusters,
   fragmented-clusters, compressed-clusters, filename, format}, where counts of
   0 are left out but for check-errors; and zones: {errors, fixed, messages},
-  whose figures are also in corruptions and corruptions-fixed
+  whose figures are also in corruptions and corruptions-fixed. Of a device:
+  {path, usable, image, findings: [{about, verdict, says, fix}, ...]}
 
 Exit status:
   0   nothing is wrong, or no longer
-  1   it could not be checked, or the command line is wrong
+  1   it could not be checked, or the command line is wrong; a device cannot
+      be used as it is
   2   corruptions are left
   3   leaks are left
   63  the format has nothing to check";
@@ -86,6 +100,21 @@ Exit status:
 const NO_CHECKS: u8 = 63;
 
 pub fn run(args: &Check) -> anyhow::Result<ExitCode> {
+    let path = Path::new(&args.image.image);
+    if args.format.is_none() && !args.image.image_opts && device::is_device(path) {
+        if args.repair.is_some() {
+            return Err(Usage(
+                "there is nothing to repair in a device; -f names the format of an image on it".into(),
+            )
+            .into());
+        }
+        let usable = device::run(path, args.as_json(), args.quiet)?;
+        return Ok(if usable {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        });
+    }
     let graph = args.image.graph_as(args.format.as_deref())?;
     let repair = match args.repair {
         None => Repair::None,

@@ -8,6 +8,7 @@ pub mod convert;
 pub mod create;
 pub mod info;
 pub mod io;
+pub mod list;
 pub mod man;
 pub mod map;
 pub mod rebase;
@@ -39,6 +40,7 @@ pub fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Commit(args) => commit::run(&args),
         Verb::Report(args) => report::run(&args),
         Verb::Io(args) => return io::run(&args),
+        Verb::List(args) => list::run(&args),
         Verb::Reset(args) => zones::run(Op::Reset, &args),
         Verb::Open(args) => zones::run(Op::Open, &args),
         Verb::Close(args) => zones::run(Op::Close, &args),

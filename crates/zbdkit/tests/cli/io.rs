@@ -92,6 +92,30 @@ fn appends_fill_a_zone() {
 }
 
 #[test]
+fn conventional_zones_take_no_append_of_any_length() {
+    let bench = Bench::new();
+    let arguments = [
+        "disk.raw",
+        "--size",
+        "768M",
+        "--zone-size",
+        "64M",
+        "--conventional",
+        "1",
+    ];
+    bench.run_with("create", &arguments).ok();
+    let run = bench.io(&[
+        "zap -p 0 4k 4k",
+        "zap -p 0 32M 4k",
+        "read -q -P 0 0 64M",
+        "zap -p 64M 32M 4k",
+    ]);
+    let failed = "zone append failed: Input/output error\n".repeat(2);
+    assert_eq!(run.out, failed + "After zap done, the append sector is 0x20000\n");
+    assert_eq!(run.err, "zbdkit: zone append: zone 0 is conventional\n".repeat(2));
+}
+
+#[test]
 fn asynchronous_writes_keep_their_order_and_a_reset_zone_reads_zeros() {
     let bench = Bench::with_demo();
     let run = bench.io(&[
@@ -260,4 +284,48 @@ fn commands_from_stdin_follow_a_prompt() {
     );
     let run = interactive(&bench, "length");
     assert_eq!((run.status, &*run.out), (Some(0), "qemu-io> 768 MiB\nqemu-io> "));
+}
+
+/// Whether `zbdkit io` with these options has `disk.raw` open past the page cache.
+fn is_direct(bench: &Bench, options: &[&str]) -> bool {
+    let interactive = bench.interactive_with(options, "disk.raw");
+    let process = format!("/proc/{}", interactive.child.id());
+    let image = bench.path("disk.raw").canonicalize().unwrap();
+    let mut descriptors = std::fs::read_dir(format!("{process}/fd")).unwrap();
+    let of_image = descriptors.find_map(|entry| {
+        let entry = entry.unwrap();
+        let target = std::fs::read_link(entry.path()).ok()?;
+        (target == image).then(|| entry.file_name())
+    });
+    let number = of_image.expect("the image is open").into_string().unwrap();
+    let facts = std::fs::read_to_string(format!("{process}/fdinfo/{number}")).unwrap();
+    let flags = facts
+        .lines()
+        .find_map(|line| line.strip_prefix("flags:"))
+        .unwrap();
+    let flags = u32::from_str_radix(flags.trim(), 8).unwrap();
+    assert_eq!(interactive.finish(), Some(0));
+    flags & rustix::fs::OFlags::DIRECT.bits() != 0
+}
+
+#[test]
+fn the_page_cache_is_bypassed_as_the_last_of_n_and_t_says() {
+    let bench = Bench::with_demo();
+    for (options, direct) in [
+        (&[][..], false),
+        (&["-n"], true),
+        (&["-t", "none"], true),
+        (&["--cache=directsync"], true),
+        (&["-t", "writeback"], false),
+        (&["-t", "writethrough"], false),
+        (&["--cache", "writeback", "--aio", "threads", "-n"], true),
+        (&["-n", "--cache", "writeback"], false),
+    ] {
+        assert_eq!(is_direct(&bench, options), direct, "{options:?}");
+    }
+    for wrong in [["-t", "sometimes"], ["-i", "magic"]] {
+        let run = bench.run(&["io", wrong[0], wrong[1], "disk.raw", "-c", "length"]);
+        assert_eq!(run.status, Some(2), "{run:?}");
+        assert!(run.err.contains("possible values"), "{run:?}");
+    }
 }

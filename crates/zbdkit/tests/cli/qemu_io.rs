@@ -129,38 +129,40 @@ fn every_command_prints_what_qemu_io_prints() {
         &["quit", "bogus"],
         &["help bogus", "write -P 0x10 1M 1.5k", "read -P 020 1M 1536"],
     ] {
-        let run = |mut command: Command, image: &str| {
+        let run = |mut command: Command, image: &str, from_stdin: bool| {
             let file = std::fs::File::create(bench.path(image)).unwrap();
             file.set_len(64 << 20).unwrap();
-            commands.iter().for_each(|text| {
-                command.args(["-c", text]);
-            });
-            normalized(
-                command
-                    .arg("-f")
-                    .arg("raw")
-                    .arg(bench.path(image))
-                    .output()
-                    .unwrap()
-                    .into(),
-            )
+            command.args(["--cache", "writeback", "--aio", "threads", "-f", "raw"]);
+            command.arg(bench.path(image));
+            if from_stdin {
+                std::fs::write(bench.path("commands"), commands.join("\n") + "\n").unwrap();
+                command.stdin(std::fs::File::open(bench.path("commands")).unwrap());
+            } else {
+                commands.iter().for_each(|text| {
+                    command.args(["-c", text]);
+                });
+            }
+            normalized(command.output().unwrap().into())
         };
-        let mut ours = bench.command();
-        ours.arg("io");
-        let (theirs, ours) = (run(Command::new("qemu-io"), "theirs"), run(ours, "ours"));
-        // A read that finds another pattern is a failure for us also when it was asynchronous.
-        let asynchronous = commands.iter().any(|command| command.starts_with("aio_read"));
-        assert_eq!((&ours.1, &ours.2), (&theirs.1, &theirs.2), "{commands:?}");
-        assert!(
-            ours.0 == theirs.0 || asynchronous,
-            "{commands:?}: {:?}, {:?}",
-            ours.0,
-            theirs.0
-        );
-        assert_eq!(
-            std::fs::read(bench.path("ours")).unwrap(),
-            std::fs::read(bench.path("theirs")).unwrap(),
-            "{commands:?} wrote something else"
-        );
+        for from_stdin in [false, true] {
+            let mut ours = bench.command();
+            ours.arg("io");
+            let theirs = run(Command::new("qemu-io"), "theirs", from_stdin);
+            let ours = run(ours, "ours", from_stdin);
+            // A read that finds another pattern is a failure for us also when it was asynchronous.
+            let asynchronous = commands.iter().any(|command| command.starts_with("aio_read"));
+            assert_eq!((&ours.1, &ours.2), (&theirs.1, &theirs.2), "{commands:?}");
+            assert!(
+                ours.0 == theirs.0 || asynchronous,
+                "{commands:?}: {:?}, {:?}",
+                ours.0,
+                theirs.0
+            );
+            assert_eq!(
+                std::fs::read(bench.path("ours")).unwrap(),
+                std::fs::read(bench.path("theirs")).unwrap(),
+                "{commands:?} wrote something else"
+            );
+        }
     }
 }

@@ -116,9 +116,15 @@ impl Bench {
 
     /// An interactive `zbdkit io IMAGE`, which has the image once this returns.
     pub fn interactive(&self, image: &str) -> Interactive {
+        self.interactive_with(&[], image)
+    }
+
+    pub fn interactive_with(&self, options: &[&str], image: &str) -> Interactive {
         let mut child = self
             .command()
-            .args(["io", image])
+            .arg("io")
+            .args(options)
+            .arg(image)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

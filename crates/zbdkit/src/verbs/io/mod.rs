@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use zbdkit_block::{Device, Error, Lane, OpenOptions};
 
 use crate::image::{ImageArgs, Session};
@@ -38,9 +38,23 @@ pub struct Io {
     #[arg(short, long)]
     pub read_only: bool,
 
-    /// Bypass the host's page cache (cache.direct=on)
-    #[arg(short, long)]
+    /// Bypass the host's page cache (cache.direct=on): short for -t none. Zoned block devices need it
+    #[arg(short, long, overrides_with = "cache")]
     pub nocache: bool,
+
+    /// Cache mode, of which the last given counts
+    #[arg(
+        short = 't',
+        long,
+        value_name = "MODE",
+        default_value = "writeback",
+        overrides_with = "nocache"
+    )]
+    pub cache: CacheMode,
+
+    /// Accepted because qemu-io has it, and without effect: ZBDKIT_IO chooses how I/O is done
+    #[arg(short = 'i', long, value_name = "MODE")]
+    pub aio: Option<AioMode>,
 
     /// Look even while another process writes the image; needs -r
     #[arg(short = 'U', long, requires = "read_only")]
@@ -51,12 +65,48 @@ pub struct Io {
     pub format: Option<String>,
 }
 
+/// qemu-io's cache modes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CacheMode {
+    /// Past the page cache
+    None,
+    /// Through the page cache
+    Writeback,
+    /// Through the page cache, with a flush after each write
+    Writethrough,
+    /// Past the page cache, with a flush after each write
+    Directsync,
+    /// The same as writeback: a flush is never left out
+    Unsafe,
+}
+
+impl CacheMode {
+    fn is_direct(self) -> bool {
+        matches!(self, CacheMode::None | CacheMode::Directsync)
+    }
+
+    /// Whether a write is done only once it is flushed.
+    fn flushes(self) -> bool {
+        matches!(self, CacheMode::Writethrough | CacheMode::Directsync)
+    }
+}
+
+/// qemu-io's ways of asynchronous I/O.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum AioMode {
+    Threads,
+    Native,
+    #[value(name = "io_uring")]
+    IoUring,
+}
+
 const AFTER_HELP: &str = "\
 Examples:
   zbdkit io disk.raw -c 'zrp 0 12'
   zbdkit io disk.raw -c 'zap -p 0 0x1000 0x2000' -c 'read -P 0xcd 0 12k'
   zbdkit io -r disk.raw -c 'read -v 0 512'
   zbdkit io --image-opts driver=memory,size=1G -c 'write 0 64k'
+  zbdkit io -n --image-opts driver=host_device,filename=/dev/nullb0 -c 'zrp 0 3'
   echo help | zbdkit io disk.raw
 
 Commands:
@@ -79,6 +129,8 @@ pub struct Shell {
     device: Device,
     lane: Rc<Lane>,
     in_flight: InFlight,
+    /// Every write is flushed before it is done.
+    write_through: bool,
     out: Out,
 }
 
@@ -98,7 +150,7 @@ pub fn run(args: &Io) -> anyhow::Result<ExitCode> {
     let options = OpenOptions {
         read_only: args.read_only,
         force_share: args.force_share,
-        direct: args.nocache,
+        direct: args.nocache || args.cache.is_direct(),
         ..OpenOptions::default()
     };
     let session = Session::new()?;
@@ -107,6 +159,7 @@ pub fn run(args: &Io) -> anyhow::Result<ExitCode> {
             device: device.clone(),
             lane: Rc::new(device.lane(DEPTH)),
             in_flight: InFlight::default(),
+            write_through: args.cache.flushes(),
             out: Out::new(),
         };
         let commanded = shell.commands(&args.cmd).await;

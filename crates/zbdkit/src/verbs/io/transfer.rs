@@ -105,7 +105,8 @@ impl Shell {
         if (options.rest.len() != 2 && (!many || options.has('z'))) || options.rest.len() < 2 {
             return self.usage(command);
         }
-        match write_request(command, &options) {
+        let flush = options.has('f') || self.write_through;
+        match write_request(command, &options, flush) {
             Ok(request) => self.submit(command, request).await,
             Err(message) => self.wrong(message),
         }
@@ -199,7 +200,7 @@ impl Request {
     }
 }
 
-fn write_request(command: &Command, options: &Options) -> Result<Request, String> {
+fn write_request(command: &Command, options: &Options, flush: bool) -> Result<Request, String> {
     let zeroes = options.has('z');
     let limit = format!("cannot exceed {MAX_LEN} without -n");
     let (offset, len) = if options.has('n') {
@@ -208,9 +209,9 @@ fn write_request(command: &Command, options: &Options) -> Result<Request, String
         range(&options.rest, &limit)?
     };
     let what = if zeroes {
-        What::Zeroes(options.has('u'), options.has('f'))
+        What::Zeroes(options.has('u'), flush)
     } else {
-        What::Write(options.has('f'))
+        What::Write(flush)
     };
     let request = Request::new(command, what, offset, len, options)?;
     if let Some(path) = options.value('s') {

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use zbdkit_block::{Error, ZoneOp};
 use zbdkit_io::IoBuf;
-use zbdkit_zone::{CloseEmpty, Condition, Filter, ZoneError, ZoneInfo, ZoneNo};
+use zbdkit_zone::{CloseEmpty, Condition, Filter, ZoneError, ZoneInfo, ZoneNo, ZoneType};
 
 use super::command::Command;
 use super::number::number;
@@ -142,6 +142,8 @@ impl Shell {
         let zone = geometry.zone_at(start)?;
         let info = self.device.report(geometry.start(zone), Filter::All, 1).await?;
         match info.first() {
+            // A write would be at home there.
+            Some(info) if info.kind == ZoneType::Conventional => Err(ZoneError::Conventional { zone }.into()),
             Some(info) if info.condition == Condition::Full => Err(ZoneError::Full { zone }.into()),
             Some(info) => {
                 self.device.write(&self.lane, buf, info.wp).await?;

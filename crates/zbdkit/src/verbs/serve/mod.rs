@@ -74,7 +74,7 @@ pub struct Serve {
     pub poll_us: u32,
 }
 
-const DEFAULT_QUEUE_SIZE: u16 = 256;
+pub const DEFAULT_QUEUE_SIZE: u16 = 256;
 const DEFAULT_POLL_US: u32 = 50;
 
 /// As clap would write it, '--config' would seem to want an image.

@@ -1,0 +1,54 @@
+//! Zone ioctls of a block device. Each blocks until the drive has answered.
+#![expect(unsafe_code, reason = "ioctl with structures of the kernel's interface")]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use zbdkit_spec::blkzoned::{REPORT_ZONE, ReportHeader, Zone, ZoneRange};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// The report of at most `max` zones from the one that holds `sector`: its flags and the zones.
+pub fn report(fd: BorrowedFd<'_>, sector: u64, max: u32) -> io::Result<(u32, Vec<Zone>)> {
+    const HEADER: usize = size_of::<ReportHeader>();
+    // 64-bit words, so that the structures lie aligned.
+    let mut words = vec![0u64; (HEADER + max as usize * size_of::<Zone>()) / size_of::<u64>()];
+    let header = ReportHeader {
+        sector,
+        nr_zones: max,
+        flags: 0,
+    };
+    let bytes = words.as_mut_bytes();
+    bytes[..HEADER].copy_from_slice(header.as_bytes());
+    let buffer = bytes.as_mut_ptr();
+    retried(|| {
+        // SAFETY: `fd` is open for the duration of the call; the kernel reads the header at the start of `buffer` and
+        // writes no more than the header and the `max` zones behind it, for which there is room.
+        unsafe { libc::ioctl(fd.as_raw_fd(), REPORT_ZONE as libc::Ioctl, buffer) }
+    })?;
+    let header = ReportHeader::read_from_bytes(&bytes[..HEADER]).unwrap_or_default();
+    let zones = bytes[HEADER..]
+        .chunks_exact(size_of::<Zone>())
+        .take(header.nr_zones.min(max) as usize)
+        .filter_map(|bytes| Zone::read_from_bytes(bytes).ok())
+        .collect();
+    Ok((header.flags, zones))
+}
+
+/// One of the operations that take a range of zones: reset, open, close, finish.
+pub fn manage(fd: BorrowedFd<'_>, request: u32, range: ZoneRange) -> io::Result<()> {
+    retried(|| {
+        // SAFETY: `fd` is open for the duration of the call, and the kernel only reads `range`.
+        unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, &raw const range) }
+    })
+}
+
+/// Calls again where a signal came in between.
+fn retried(mut call: impl FnMut() -> libc::c_int) -> io::Result<()> {
+    while call() == -1 {
+        match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => {}
+            error => return Err(error),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,25 @@
+//! The leaf `host_device`: a block device of this machine, with its zones where it has some.
+//!
+//! The drive is the truth: it keeps the zones, their pointers, conditions and limits, and every report asks it. What is
+//! here is how a drive is found and described ([`sysfs`], [`users()`]), how it is talked to ([`Drive`]), and the order of writes
+//! to it, which no host keeps by itself ([`HostDeviceNode`]).
+
+mod blockdev;
+mod drive;
+mod inventory;
+mod ioctl;
+mod line;
+mod look;
+mod node;
+mod open;
+pub mod sysfs;
+mod users;
+
+pub use blockdev::BlockDrive;
+pub use drive::{Drive, DriveFacts};
+pub use inventory::{Hidden, Listed};
+pub use look::{Access, Look, is_claimed};
+pub use node::HostDeviceNode;
+pub use open::block_facts;
+pub(crate) use open::{HostDevice, needs_host_device, number_of};
+pub use users::{User, users};

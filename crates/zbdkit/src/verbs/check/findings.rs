@@ -1,0 +1,388 @@
+//! What follows from an examination of a device: a finding for each thing that was looked at.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use zbdkit_block::host_device::sysfs::BlockFacts;
+use zbdkit_block::host_device::{Access, User};
+use zbdkit_block::{Limits, format_size};
+use zbdkit_export::vhost_user_blk;
+
+use crate::image::shell_quoted;
+use crate::output::printable;
+use crate::shapes::model_name;
+use crate::verbs::serve::DEFAULT_QUEUE_SIZE;
+
+/// What `--json` shows.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    path: String,
+    /// Nothing below is a problem.
+    pub usable: bool,
+    /// How to name it to the other verbs.
+    image: String,
+    findings: Vec<Finding>,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Finding {
+    about: &'static str,
+    verdict: Verdict,
+    says: String,
+    fix: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    Ok,
+    /// Worth knowing, and no hindrance.
+    Note,
+    /// zbdkit cannot use the device as it is.
+    Problem,
+}
+
+impl Verdict {
+    fn word(self) -> &'static str {
+        match self {
+            Verdict::Ok => "ok",
+            Verdict::Note => "note",
+            Verdict::Problem => "problem",
+        }
+    }
+}
+
+impl Finding {
+    fn new(about: &'static str, verdict: Verdict, says: impl Into<String>) -> Finding {
+        Finding {
+            about,
+            verdict,
+            says: says.into(),
+            fix: None,
+        }
+    }
+
+    fn fix(self, fix: impl Into<String>) -> Finding {
+        Finding {
+            fix: Some(fix.into()),
+            ..self
+        }
+    }
+}
+
+/// What was found out about a device.
+#[derive(Debug)]
+pub struct Examination {
+    pub path: PathBuf,
+    /// What sysfs says; absent for a character device.
+    pub facts: Option<BlockFacts>,
+    pub access: Access,
+    /// In whose words it may not be opened, although the file's permissions allow it.
+    pub denied: Option<String>,
+    /// The name of the group that the device file belongs to.
+    pub group: Option<String>,
+    pub users: Vec<User>,
+    /// Somebody has it for themselves; `None` where that could not be found out.
+    pub claimed: Option<bool>,
+    /// How many zones are conventional, offline, read-only and open, or why that is not known; absent without zones.
+    pub zones: Option<Result<Counts, String>>,
+    /// The limits that it has once opened as it would be for a door, or why it could not be opened. Absent where that was
+    /// not tried, because it is plain that it fails.
+    pub opened: Option<Result<Limits, String>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub conventional: u32,
+    pub offline: u32,
+    pub read_only: u32,
+    pub open: u32,
+}
+
+/// How the other verbs want the device named.
+pub fn image_of(path: &Path) -> String {
+    let filename = path.display().to_string().replace(',', ",,");
+    format!("driver=host_device,filename={filename},cache.direct=on")
+}
+
+impl Examination {
+    /// All findings, and whether zbdkit can use the device.
+    pub fn report(&self) -> Report {
+        let findings = self.findings();
+        Report {
+            path: self.path.display().to_string(),
+            usable: findings.iter().all(|finding| finding.verdict != Verdict::Problem),
+            image: image_of(&self.path),
+            findings,
+        }
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        let mut findings = vec![self.device()];
+        findings.extend(self.partition());
+        findings.push(self.permissions());
+        findings.extend(self.in_use());
+        if let Some(facts) = &self.facts {
+            findings.extend(read_only(facts));
+            findings.extend(scheduler(facts));
+            findings.push(cache(facts));
+        }
+        findings.extend(self.zones());
+        findings.push(match &self.opened {
+            Some(Ok(_)) => Finding::new(
+                "opening",
+                Verdict::Ok,
+                format!("opens as {}", image_of(&self.path)),
+            ),
+            Some(Err(error)) => Finding::new("opening", Verdict::Problem, printable(error)),
+            None => Finding::new("opening", Verdict::Note, "not tried before the above is mended"),
+        });
+        if let Some(Ok(limits)) = &self.opened {
+            findings.push(vhost_user_blk_door(limits));
+        }
+        findings.push(Finding::new("nvme", Verdict::Note, "this door is still to come"));
+        findings
+    }
+
+    fn device(&self) -> Finding {
+        let Some(facts) = &self.facts else {
+            return Finding::new("device", Verdict::Ok, "character device");
+        };
+        let size = format_size(facts.size);
+        let says = match &facts.zones {
+            None => format!("{size} without zones that this kernel shows: an ordinary disk"),
+            Some(zones) => {
+                let limit = |limit: u32| match limit {
+                    0 => "any number".to_owned(),
+                    limit => limit.to_string(),
+                };
+                format!(
+                    "{}, {size}, {} zones of {}; may be open: {}, active: {}; blocks of {} bytes",
+                    model_name(zones.model),
+                    zones.nr_zones,
+                    format_size(zones.zone_size),
+                    limit(zones.max_open),
+                    limit(zones.max_active),
+                    facts.logical_block_size
+                )
+            }
+        };
+        Finding::new("device", Verdict::Ok, says)
+    }
+
+    fn partition(&self) -> Option<Finding> {
+        let facts = self.facts.as_ref()?;
+        let disk = facts.partition_of.as_ref()?;
+        let says = format!("a partition of {disk}");
+        Some(match facts.zones {
+            None => Finding::new("whole disk", Verdict::Note, says),
+            Some(_) => Finding::new(
+                "whole disk",
+                Verdict::Problem,
+                says + ": the limits of open zones are the whole disk's, which others may use up",
+            )
+            .fix(format!("use /dev/{disk}")),
+        })
+    }
+
+    fn permissions(&self) -> Finding {
+        let Access {
+            read,
+            write,
+            mode,
+            group,
+        } = self.access;
+        if let Some(denied) = &self.denied {
+            return Finding::new("permissions", Verdict::Problem, denied).fix(
+                "let the container have it (--device, DeviceAllow=); the file's own permissions allow it",
+            );
+        }
+        let says = match (read, write) {
+            (true, true) => return Finding::new("permissions", Verdict::Ok, "may be read and written"),
+            (true, false) => "may be read, but not written",
+            (false, true) => "may be written, but not read",
+            (false, false) => "may neither be read nor written",
+        };
+        let group = self.group.clone().unwrap_or_else(|| group.to_string());
+        let fix = match mode & 0o060 {
+            0o060 => format!("join the group {group} ('sudo usermod -aG {group} $USER', then log in anew)"),
+            _ => format!("'sudo setfacl -m u:$USER:rw {}'", shell_quoted(&self.path)),
+        };
+        Finding::new("permissions", Verdict::Problem, says).fix(fix + ", or run zbdkit as root")
+    }
+
+    /// Nothing is known of who uses a character device.
+    fn in_use(&self) -> Vec<Finding> {
+        if self.facts.is_none() {
+            return Vec::new();
+        }
+        let claimed = self.claimed == Some(true);
+        let about = "in use";
+        let mut findings: Vec<Finding> = self
+            .users
+            .iter()
+            .map(|user| {
+                let says = printable(&user.to_string());
+                match user {
+                    User::Mount(at) if at == Path::new("/") => Finding::new(about, Verdict::Problem, says)
+                        .fix("take another disk: the running system is on this one"),
+                    User::Mount(at) => Finding::new(about, Verdict::Problem, says)
+                        .fix(format!("umount {}", shell_quoted(at))),
+                    User::Swap => Finding::new(about, Verdict::Problem, says)
+                        .fix(format!("swapoff {}", shell_quoted(&self.path))),
+                    User::Holder(name) => Finding::new(about, Verdict::Problem, says)
+                        .fix(format!("take {name} apart (dmsetup remove, mdadm --stop)")),
+                    User::Process { pid, .. } if claimed => Finding::new(about, Verdict::Problem, says).fix(
+                        format!("end process {pid}, if it is the one that keeps others out"),
+                    ),
+                    // Nothing keeps it from writing.
+                    User::Process { .. } => Finding::new(
+                        about,
+                        Verdict::Note,
+                        says + ": what it writes or resets, zbdkit learns of only by a failure",
+                    ),
+                }
+            })
+            .collect();
+        let explained = findings.iter().any(|finding| finding.verdict == Verdict::Problem);
+        if claimed && !explained {
+            findings.push(
+                Finding::new(about, Verdict::Problem, "by somebody whom this user may not see")
+                    .fix("run this check as root to see who it is"),
+            );
+        }
+        if findings.is_empty() {
+            findings.push(match self.claimed {
+                Some(_) => Finding::new(about, Verdict::Ok, "by nobody"),
+                None => Finding::new(about, Verdict::Note, "nobody is seen, but that may not be all"),
+            });
+        }
+        findings
+    }
+
+    fn zones(&self) -> Option<Finding> {
+        let about = "zones";
+        Some(match self.zones.as_ref()? {
+            Err(error) => Finding::new(
+                about,
+                Verdict::Problem,
+                format!("no report: {}", printable(error)),
+            ),
+            Ok(counts) => {
+                let verdict = match counts.offline + counts.read_only {
+                    0 => Verdict::Ok,
+                    _ => Verdict::Note,
+                };
+                Finding::new(
+                    about,
+                    verdict,
+                    format!(
+                        "{} conventional, {} open, {} read-only, {} offline",
+                        counts.conventional, counts.open, counts.read_only, counts.offline
+                    ),
+                )
+            }
+        })
+    }
+}
+
+fn read_only(facts: &BlockFacts) -> Option<Finding> {
+    facts.read_only.then(|| {
+        Finding::new(
+            "read-only",
+            Verdict::Note,
+            "this kernel takes no writes for it; only -r works",
+        )
+        .fix("blockdev --setrw, where the drive itself can be written")
+    })
+}
+
+fn scheduler(facts: &BlockFacts) -> Option<Finding> {
+    let scheduler = facts.scheduler.as_ref()?;
+    let says = match facts.zones {
+        Some(_) => format!("{scheduler}; any will do, one write of a zone is under way at a time"),
+        None => scheduler.clone(),
+    };
+    Some(Finding::new("scheduler", Verdict::Ok, says))
+}
+
+fn cache(facts: &BlockFacts) -> Finding {
+    let mut says = match facts.zones {
+        Some(_) => "past the page cache only (cache.direct=on, io -n, serve --direct)".to_owned(),
+        None => "through the page cache or past it (cache.direct=on)".to_owned(),
+    };
+    match facts.write_back {
+        Some(true) => says += "; the drive's own cache is emptied by flushes",
+        Some(false) => says += "; the drive has no volatile cache of its own",
+        None => {}
+    }
+    Finding::new("cache mode", Verdict::Ok, says)
+}
+
+/// What a guest would see behind the door that is called so.
+fn vhost_user_blk_door(limits: &Limits) -> Finding {
+    let about = "vhost-user-blk";
+    let config = match vhost_user_blk::shown(limits, 1, DEFAULT_QUEUE_SIZE) {
+        Ok(config) => config,
+        Err(unsuitable) => return Finding::new(about, Verdict::Problem, unsuitable.to_string()),
+    };
+    let sectors = |sectors: u64| format_size(sectors.saturating_mul(512));
+    let mut says = format!(
+        "a guest sees {} in blocks of {} bytes",
+        sectors(config.capacity.get()),
+        config.blk_size
+    );
+    let zoned = &config.zoned;
+    if zoned.model != 0 {
+        // Writing to a string cannot fail.
+        let _ = write!(
+            says,
+            ", zones of {}, max open {}, max active {}, appends up to {}, writes in multiples of {} bytes",
+            sectors(zoned.zone_sectors.get().into()),
+            zoned.max_open_zones,
+            zoned.max_active_zones,
+            sectors(zoned.max_append_sectors.get().into()),
+            zoned.write_granularity
+        );
+    }
+    Finding::new(about, Verdict::Ok, says)
+}
+
+impl Report {
+    /// For people: a line each, and the fix below its problem.
+    pub fn lines(&self, quiet: bool) -> String {
+        let shown = self
+            .findings
+            .iter()
+            .filter(|finding| !quiet || finding.verdict == Verdict::Problem);
+        let mut text = String::new();
+        for Finding {
+            about,
+            verdict,
+            says,
+            fix,
+        } in shown
+        {
+            let _ = writeln!(text, "{:8} {about:15} {says}", verdict.word());
+            if let Some(fix) = fix {
+                let _ = writeln!(text, "{:24} fix: {fix}", "");
+            }
+        }
+        let path = printable(&self.path);
+        match (self.usable, quiet) {
+            (true, true) => {}
+            (true, false) => {
+                let _ = writeln!(text, "{path}: usable");
+            }
+            (false, _) => {
+                let _ = writeln!(text, "{path}: not usable as it is");
+            }
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests;
