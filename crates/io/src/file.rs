@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use crate::buf::IoBuf;
 use crate::inplace;
+use crate::nvme::NvmeCommand;
 use crate::runtime::{Kind, Operation, Request, yield_now};
 use crate::sys;
 
@@ -329,6 +330,22 @@ impl File {
             buf: None,
         };
         Operation::new(request, Some(self)).await
+    }
+
+    /// The outcome of a command for the device behind the file: a status or a negative errno, and a result.
+    pub(crate) async fn passthrough(&self, command: NvmeCommand, buf: IoBuf) -> io::Result<(i32, u64)> {
+        let Inner::Fd(file) = &*self.inner else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let request = Request {
+            kind: Kind::Nvme(command),
+            fd: file.fd.as_raw_fd(),
+            offset: 0,
+            len: buf.len() as u64,
+            align: 1,
+            buf: Some(buf),
+        };
+        Ok(Operation::new(request, Some(self)).outcome().await)
     }
 
     async fn fallocate(&self, file: &FdFile, mode: i32, offset: u64, len: u64) -> io::Result<()> {
