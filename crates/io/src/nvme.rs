@@ -11,10 +11,6 @@ use std::os::fd::RawFd;
 
 use zerocopy::{Immutable, IntoBytes};
 
-use crate::buf::IoBuf;
-use crate::file::File;
-use crate::sys::{IOV_MAX, MAX_RW};
-
 /// Which queue of the controller a command is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NvmeQueue {
@@ -50,28 +46,6 @@ pub struct NvmeCompletion {
     pub status: u16,
     /// Dwords 0 and 1, the first one low.
     pub result: u64,
-}
-
-impl File {
-    /// Has the device behind the file, a character device of NVMe, carry out `command` with `buf` as its data, which may
-    /// be empty. The answer is the device's; errors are those of getting the command there and back.
-    ///
-    /// A command is never sent twice. After an error the device may have carried it out all the same, unless the
-    /// error is one of not supporting such commands (EOPNOTSUPP, ENOTTY).
-    pub async fn nvme(&self, command: NvmeCommand, buf: IoBuf) -> io::Result<NvmeCompletion> {
-        if buf.segments().len() > IOV_MAX || buf.len() > MAX_RW {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        let (result, value) = self.passthrough(command, buf).await?;
-        match u16::try_from(result) {
-            Ok(status) => Ok(NvmeCompletion {
-                status,
-                result: value,
-            }),
-            Err(_) if result < 0 => Err(io::Error::from_raw_os_error(-result)),
-            Err(_) => Err(io::ErrorKind::InvalidData.into()),
-        }
-    }
 }
 
 /// `struct nvme_uring_cmd`: what follows the head of the ring's entry.

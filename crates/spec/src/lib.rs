@@ -41,6 +41,7 @@ macro_rules! open_enum {
     };
 }
 
+pub mod blkzoned;
 pub mod nvme;
 pub mod qcow2;
 pub mod scsi;
