@@ -6,9 +6,11 @@
 mod blockdev;
 mod drive;
 mod ioctl;
+mod nvme;
 pub mod sysfs;
 mod users;
 
 pub use blockdev::BlockDrive;
 pub use drive::{Drive, DriveFacts};
+pub use nvme::{KernelLimits, NamespaceFacts, NvmeDrive, ZrwaFacts};
 pub use users::{User, users};
