@@ -7,10 +7,13 @@ mod blockdev;
 mod drive;
 mod ioctl;
 mod nvme;
+mod scsi;
+mod sg;
 pub mod sysfs;
 mod users;
 
 pub use blockdev::BlockDrive;
 pub use drive::{Drive, DriveFacts};
 pub use nvme::{KernelLimits, NamespaceFacts, NvmeDrive, ZrwaFacts};
+pub use scsi::ScsiDrive;
 pub use users::{User, users};

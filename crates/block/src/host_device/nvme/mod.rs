@@ -16,7 +16,7 @@ use zbdkit_io::{File, IoBuf};
 use zbdkit_spec::nvme::zns::SendAction;
 use zbdkit_zone::{Model, ZoneInfo};
 
-pub use facts::{KernelLimits, NamespaceFacts, NamespaceProblem, ZrwaFacts};
+pub use facts::{KernelLimits, NamespaceFacts, ZrwaFacts};
 use namespace::Namespace;
 use storage::NamespaceStorage;
 

@@ -11,15 +11,17 @@ pub(super) fn bytes_of(zones: usize, extension: usize) -> usize {
     size_of::<ReportHeader>() + zones * (size_of::<ZoneDescriptor>() + extension)
 }
 
-/// The zones of an answer, the first of which is number `first`, each with its extension (of `extension` bytes, where
-/// it is valid). `None` where the answer makes no sense: zones that do not follow one another, or that no namespace of
+/// A zone, and its descriptor extension where that was asked for and is valid.
+pub(super) type Reported<'a> = (ZoneInfo, Option<&'a [u8]>);
+
+/// The zones of an answer, the first of which is number `first`, with extensions of `extension` bytes. `None` where the answer makes no sense: zones that do not follow one another, or that no namespace of
 /// this kind can have.
 pub(super) fn parse<'a>(
     answer: &'a [u8],
     first: u32,
     extension: usize,
     facts: &NamespaceFacts,
-) -> Option<Vec<(ZoneInfo, Option<&'a [u8]>)>> {
+) -> Option<Vec<Reported<'a>>> {
     let (header, descriptors) = ReportHeader::ref_from_prefix(answer).ok()?;
     let present = usize::try_from(header.nr_zones.get()).unwrap_or(usize::MAX);
     descriptors
