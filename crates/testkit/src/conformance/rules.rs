@@ -29,13 +29,15 @@ pub async fn transitions(s: &Subject<'_>) -> Outcome {
     ok(s.op(zone, ZoneOp::Open).await, "an open")?;
     s.is(zone, Condition::ExplicitlyOpen, 0).await?;
     ok(s.op(zone, close).await, "a close")?;
-    s.is(zone, Condition::Empty, 0).await?;
-    ok(s.op(zone, ZoneOp::Open).await, "an open")?;
-    ok(
-        s.op(zone, ZoneOp::Close(CloseEmpty::ToClosed)).await,
-        "a close as ZNS has it",
-    )?;
-    s.is(zone, Condition::Closed, 0).await?;
+    if s.is_engine() {
+        s.is(zone, Condition::Empty, 0).await?;
+        ok(s.op(zone, ZoneOp::Open).await, "an open")?;
+        ok(
+            s.op(zone, ZoneOp::Close(CloseEmpty::ToClosed)).await,
+            "a close as ZNS has it",
+        )?;
+        s.is(zone, Condition::Closed, 0).await?;
+    }
     ok(s.write(s.start(zone), block, 1).await, "a write to a closed zone")?;
     s.is(zone, Condition::ImplicitlyOpen, block).await?;
     ok(
@@ -67,7 +69,7 @@ pub async fn transitions(s: &Subject<'_>) -> Outcome {
     s.is(zone, Condition::Empty, 0).await?;
     let after = s.info(zone).await?.counters;
     ensure!(
-        (after.resets, after.finishes) == (before.resets + 1, before.finishes + 1),
+        !s.is_engine() || (after.resets, after.finishes) == (before.resets + 1, before.finishes + 1),
         "one reset and one finish were counted as {before:?} to {after:?}"
     );
     ok(s.op(zone, ZoneOp::Reset).await, "a reset of an empty zone")?;
