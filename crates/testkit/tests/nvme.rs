@@ -1,11 +1,8 @@
 //! Rules of zoned namespaces, each held against a simulated one, and against a real one where the environment variable
 //! `ZBDKIT_TEST_NVME` names its character device. Everything on it is lost.
 //!
-//! That one has the geometry of the simulated one, its limits, extensions and random write areas:
-//! `support/namespace.rs` has the numbers, and the guest job `nvme` QEMU's options for them.
-
-#[path = "support/namespace.rs"]
-mod namespace;
+//! That one has the geometry of the simulated one, its limits, extensions and random write areas; the guest job `nvme` gives
+//! QEMU the options for them.
 
 use std::future::{Future, poll_fn};
 use std::path::{Path, PathBuf};
@@ -14,11 +11,14 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 
-use namespace::{BLOCK, CAPACITY, MAX_ACTIVE, MAX_OPEN, MDTS, Simulated, ZASL, ZONE_SIZE, ZONES};
-use zbdkit_block::host_device::{Drive, KernelLimits, NvmeDrive};
-use zbdkit_block::{Error, OpenError, ZoneOp};
+use zbdkit_block::host_device::{Drive, HostDeviceNode, KernelLimits, NvmeDrive};
+use zbdkit_block::{Device, Error, OpenError, ZoneOp};
 use zbdkit_io::{File, IoBuf, Runtime, RuntimeOptions};
 use zbdkit_spec::nvme::zns::ZoneState;
+use zbdkit_testkit::conformance;
+use zbdkit_testkit::namespace::{
+    BLOCK, CAPACITY, MAX_ACTIVE, MAX_OPEN, MDTS, Simulated, ZASL, ZONE_SIZE, ZONES,
+};
 use zbdkit_zone::{CloseEmpty, Condition, ZoneError, ZoneInfo, ZoneNo};
 
 const ZONE: u64 = ZONE_SIZE * BLOCK;
@@ -433,6 +433,16 @@ fn a_random_write_area_is_overwritten_until_it_is_flushed() {
         );
         op(&drive, ZoneOp::Reset, 2).await.unwrap();
         drive.open_with_zrwa(4 * ZONE).await.unwrap();
+    });
+}
+
+#[test]
+fn a_namespace_conforms() {
+    on_each(|drive| async move {
+        let node = HostDeviceNode::open(Arc::new(drive)).await.unwrap();
+        if let Err(broken) = conformance::run_on_drive(&Device::new(Arc::new(node))).await {
+            panic!("{broken}");
+        }
     });
 }
 

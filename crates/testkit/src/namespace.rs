@@ -1,7 +1,7 @@
 //! A zoned namespace that plays by the rules of the ZNS command set, in memory: naive, small, for tests.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use zbdkit_io::{IoBuf, LocalBoxFuture, NvmeCommand, NvmeCompletion, NvmeQueue, Storage, StorageOp};
 use zbdkit_spec::nvme::Status;
@@ -12,16 +12,21 @@ use zbdkit_spec::nvme::zns::{
 };
 use zerocopy::{FromZeros, IntoBytes};
 
+/// Bytes of a block.
 pub const BLOCK: u64 = 4096;
+/// Number of zones.
 pub const ZONES: u64 = 8;
-/// Blocks.
+/// Blocks of a zone.
 pub const ZONE_SIZE: u64 = 256;
-/// Blocks.
+/// Blocks that a zone holds.
 pub const CAPACITY: u64 = 192;
+/// Zones that may be open.
 pub const MAX_OPEN: u32 = 3;
+/// Zones that may be open or closed.
 pub const MAX_ACTIVE: u32 = 5;
 /// Transfers of at most 1 << this pages.
 pub const MDTS: u8 = 4;
+/// Appends of at most 1 << this pages.
 pub const ZASL: u8 = 3;
 /// Blocks.
 const ZRWA_SIZE: u64 = 16;
@@ -48,6 +53,7 @@ pub struct Simulated {
 }
 
 impl Simulated {
+    /// An empty namespace, number 1 of its controller.
     pub fn new() -> Arc<Simulated> {
         let zone = |number| Zone {
             state: ZoneState::EMPTY,
@@ -66,12 +72,12 @@ impl Simulated {
 
     /// How many flushes there were.
     pub fn flushes(&self) -> u32 {
-        self.state.lock().unwrap().flushes
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).flushes
     }
 
     /// Puts a zone into a state that no command brings about.
     pub fn break_zone(&self, zone: usize, state: ZoneState) {
-        self.state.lock().unwrap().zones[zone].state = state;
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).zones[zone].state = state;
     }
 }
 
@@ -89,7 +95,7 @@ impl Storage for Simulated {
     }
 
     fn nvme(&self, command: NvmeCommand, buf: IoBuf) -> LocalBoxFuture<'static, io::Result<NvmeCompletion>> {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let answer = match command.queue {
             NvmeQueue::Admin => identify(&command, &buf),
             NvmeQueue::Io => state.io(&command, &buf),
