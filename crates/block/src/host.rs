@@ -98,6 +98,10 @@ pub trait Host: Send + Sync {
     fn block_device(&self, _path: &Path) -> io::Result<Option<DeviceNumber>> {
         Ok(None)
     }
+    /// Is that the character device of an NVMe namespace?
+    fn is_nvme_namespace(&self, _path: &Path) -> bool {
+        false
+    }
     /// Removes a name.
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes the creation or removal of `path` durable.
@@ -169,6 +173,10 @@ impl Host for OsHost {
 
     fn block_device(&self, path: &Path) -> io::Result<Option<DeviceNumber>> {
         host_device::number_of(path)
+    }
+
+    fn is_nvme_namespace(&self, path: &Path) -> bool {
+        host_device::is_nvme_namespace(path)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {

@@ -7,3 +7,4 @@ pub mod diff;
 pub mod drive;
 pub mod fault;
 pub mod kill;
+pub mod namespace;

@@ -18,7 +18,7 @@ use crate::device::Device;
 use crate::error::OpenError;
 use crate::file::FileNode;
 use crate::host::{FileOptions, Host};
-use crate::host_device::{HostDevice, needs_host_device};
+use crate::host_device::{HostDevice, has_zones, needs_host_device};
 use crate::lock::LockMode;
 use crate::node::Node;
 use crate::qcow2::{Chain, ImageFormat};
@@ -166,8 +166,8 @@ impl Opener<'_> {
         if self.options.format == Some(ImageFormat::Qcow2) {
             return self.open_image(image).await;
         }
-        if !has_sidecar && self.is_block_device(path)? {
-            return self.open_block_device(path).await;
+        if !has_sidecar && self.is_device(path)? {
+            return self.open_device(path).await;
         }
         let node = self.open_file(&image.file)?;
         if !has_sidecar {
@@ -194,16 +194,19 @@ impl Opener<'_> {
         .await
     }
 
-    fn is_block_device(&self, path: &Path) -> Result<bool, OpenError> {
+    fn is_device(&self, path: &Path) -> Result<bool, OpenError> {
+        if self.host.is_nvme_namespace(path) {
+            return Ok(true);
+        }
         let number = self.host.block_device(path);
         Ok(number
             .map_err(|e| OpenError::file(path, "cannot be opened", e))?
             .is_some())
     }
 
-    /// A block device that is named by its path alone.
-    async fn open_block_device(&self, path: &Path) -> Result<Device, OpenError> {
-        let zoned = needs_host_device(&**self.host, path).is_some();
+    /// A device of this machine that is named by its path alone.
+    async fn open_device(&self, path: &Path) -> Result<Device, OpenError> {
+        let zoned = has_zones(&**self.host, path);
         let node = self
             .open_host_device(&FileChoice {
                 path: path.to_owned(),

@@ -52,3 +52,15 @@ fn retried(mut call: impl FnMut() -> libc::c_int) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// The number of the namespace behind its character device.
+pub fn nvme_nsid(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    /// `NVME_IOCTL_ID` of linux/nvme_ioctl.h: `_IO('N', 0x40)`.
+    const NVME_IOCTL_ID: libc::Ioctl = 0x4e40;
+    // SAFETY: `fd` is open for the duration of the call, which takes no argument.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), NVME_IOCTL_ID) } {
+        -1 => Err(io::Error::last_os_error()),
+        // The kernel returns its unsigned number as it is.
+        nsid => Ok(nsid as u32),
+    }
+}

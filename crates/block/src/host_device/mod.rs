@@ -1,4 +1,5 @@
-//! The leaf `host_device`: a block device of this machine, with its zones where it has some.
+//! The leaf `host_device`: a block device of this machine, with its zones where it has some, or the character device of a
+//! zoned NVMe namespace.
 //!
 //! The drive is the truth: it keeps the zones, their pointers, conditions and limits, and every report asks it. What is
 //! here is how a drive is found and described ([`sysfs`], [`users()`]), how it is talked to ([`Drive`]), and the order of writes
@@ -11,7 +12,10 @@ mod ioctl;
 mod line;
 mod look;
 mod node;
+mod nvme;
 mod open;
+mod scsi;
+mod sg;
 pub mod sysfs;
 mod users;
 
@@ -20,6 +24,9 @@ pub use drive::{Drive, DriveFacts};
 pub use inventory::{Hidden, Listed};
 pub use look::{Access, Look, is_claimed};
 pub use node::HostDeviceNode;
+pub(crate) use nvme::is_nvme_namespace;
+pub use nvme::{KernelLimits, NamespaceFacts, NvmeDrive, ZrwaFacts};
 pub use open::block_facts;
-pub(crate) use open::{HostDevice, needs_host_device, number_of};
+pub(crate) use open::{HostDevice, has_zones, needs_host_device, number_of};
+pub use scsi::ScsiDrive;
 pub use users::{User, users};

@@ -147,21 +147,19 @@ impl HostDeviceNode {
             }
         }
         match result {
-            Err(Error::Io { op: name, errno }) => self.after_failed(op, zone, name, errno).await,
+            Err(Error::Io { op: name, errno }) => {
+                self.after_failed(op, zone, self.lines.explain(name, errno)).await
+            }
+            Err(failure @ Error::Zone(ZoneError::InvalidTransition { .. })) => {
+                self.after_failed(op, zone, failure).await
+            }
             result => result,
         }
     }
 
     /// What an operation's failure means. Drives differ in what they take for a mistake: there is nothing wrong with closing
     /// a zone that is not open, or with finishing a full one.
-    async fn after_failed(
-        &self,
-        op: ZoneOp,
-        zone: ZoneNo,
-        name: &'static str,
-        errno: i32,
-    ) -> Result<(), Error> {
-        let failure = self.lines.explain(name, errno);
+    async fn after_failed(&self, op: ZoneOp, zone: ZoneNo, failure: Error) -> Result<(), Error> {
         let Ok(info) = self.lines.report(zone).await else {
             return Err(failure);
         };

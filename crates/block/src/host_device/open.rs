@@ -1,6 +1,7 @@
 //! Opening a block device: what is refused, and in which words.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,8 +9,10 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::blockdev::BlockDrive;
-use super::drive::DriveFacts;
+use super::drive::{Drive, DriveFacts};
 use super::node::HostDeviceNode;
+use super::nvme::NvmeDrive;
+use super::scsi::{self, ScsiDrive};
 use super::sysfs::{BlockFacts, DeviceNumber, Sysfs};
 use super::users::{User, users};
 use crate::error::OpenError;
@@ -29,24 +32,36 @@ pub(crate) struct HostDevice {
     pub lock_wait: Duration,
 }
 
-/// The facts of the block device at a path; `None` where something else lies there.
+/// The facts of the block device at a path; `None` where something else lies there. A SCSI disk that the kernel shows
+/// without zones is asked itself, where it may be opened for reading.
 ///
 /// # Errors
-/// The path or what sysfs says of the device cannot be read.
+/// The path or what sysfs says of the device cannot be read, or a host-aware disk reports zones that make no sense.
 pub fn block_facts(host: &dyn Host, path: &Path) -> io::Result<Option<BlockFacts>> {
-    match host.block_device(path)? {
-        Some(number) => Sysfs::default().device(number).map(Some),
-        None => Ok(None),
+    let Some(number) = host.block_device(path)? else {
+        return Ok(None);
+    };
+    let mut facts = Sysfs::default().device(number)?;
+    if scsi::may_hide_zones(&facts)
+        && let Ok(disk) = std::fs::File::open(path)
+    {
+        facts.zones = scsi::zone_facts(disk.as_fd(), &facts)?;
+        facts.zones_by_command = facts.zones.is_some();
     }
+    Ok(Some(facts))
 }
 
 impl HostDevice {
     /// Opens it: with its zones where it has some, else as a plain disk.
     pub(crate) async fn open(&self, host: &dyn Host) -> Result<Arc<dyn Node>, OpenError> {
         let path = self.path.as_path();
+        if host.is_nvme_namespace(path) {
+            let drive = NvmeDrive::open(path, self.read_only).await?;
+            return Ok(Arc::new(HostDeviceNode::open(Arc::new(drive)).await?));
+        }
         let facts = block_facts(host, path)
             .map_err(|e| OpenError::file(path, "cannot be looked up", e))?
-            .ok_or_else(|| OpenError::data(path, "is not a block device; say driver=file for a file"))?;
+            .ok_or_else(|| OpenError::data(path, "is neither a block device nor the character device of an NVMe namespace; say driver=file for a file"))?;
         let found = users(&facts, path, Path::new("/proc"));
         if let Some(problem) = refusal(&facts, &found, self.direct, self.read_only) {
             return Err(OpenError::data(path, problem));
@@ -68,24 +83,32 @@ impl HostDevice {
             let node = node.map_err(|e| OpenError::file(path, "cannot be looked at", e))?;
             return Ok(Arc::new(node.named(path)));
         };
-        let drive = BlockDrive::new(
-            DriveFacts {
-                path: path.to_owned(),
-                size: facts.size,
-                block_size: facts.logical_block_size,
-                read_only: self.read_only,
-                zones,
-            },
-            file,
-        );
-        Ok(Arc::new(HostDeviceNode::open(Arc::new(drive)).await?))
+        let about = DriveFacts {
+            path: path.to_owned(),
+            size: facts.size,
+            block_size: facts.logical_block_size,
+            read_only: self.read_only,
+            zones,
+        };
+        let drive: Arc<dyn Drive> = match facts.zones_by_command {
+            true => Arc::new(ScsiDrive::new(about, file)),
+            false => Arc::new(BlockDrive::new(about, file)),
+        };
+        Ok(Arc::new(HostDeviceNode::open(drive).await?))
     }
 }
 
-/// What `driver=file` is told of a zoned device, whose order of writes it would not keep.
+/// Whether the device at a path has zones, as far as can be found out.
+pub(crate) fn has_zones(host: &dyn Host, path: &Path) -> bool {
+    let facts = || block_facts(host, path).ok()?;
+    host.is_nvme_namespace(path) || facts().is_some_and(|facts| facts.zones.is_some())
+}
+
+/// What `driver=file` is told of a zoned device, whose order of writes it would not keep. Host-aware disks take writes in
+/// any order.
 pub(crate) fn needs_host_device(host: &dyn Host, path: &Path) -> Option<String> {
     let facts = block_facts(host, path).ok()??;
-    facts.zones.map(|_| {
+    facts.zones.filter(|_| !facts.zones_by_command).map(|_| {
         format!(
             "is a zoned device, whose zones driver=file does not know: say \
              driver=host_device,filename={},cache.direct=on",
@@ -183,6 +206,7 @@ mod tests {
                 max_append: 65536,
                 write_granularity: 4096,
             }),
+            zones_by_command: false,
         }
     }
 
