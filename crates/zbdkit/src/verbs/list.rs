@@ -236,6 +236,7 @@ mod tests {
 
     fn facts() -> BlockFacts {
         BlockFacts {
+            zones_by_command: false,
             name: "sdb".into(),
             number: "8:16".parse().unwrap(),
             partition_of: None,

@@ -24,6 +24,7 @@ fn limits(spec: GeometrySpec) -> Limits {
 
 fn facts() -> BlockFacts {
     BlockFacts {
+        zones_by_command: false,
         name: "nullb0".into(),
         number: "252:0".parse().unwrap(),
         partition_of: None,
