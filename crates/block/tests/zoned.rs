@@ -381,6 +381,34 @@ fn one_damaged_copy_is_made_good_and_two_are_refused() {
 }
 
 #[test]
+fn a_copy_that_a_power_cut_has_torn_is_whole_again_when_its_epoch_ends() {
+    let image = Image::new();
+    let without_run_state = || OpenOptions {
+        run_state: RunStateMode::None,
+        ..OpenOptions::default()
+    };
+    let device = image.open_with(without_run_state()).unwrap();
+    for block in 0..2 {
+        image.write(&device, ZONE + block * 4096, 1, 4096).unwrap();
+        image.flush(&device);
+    }
+    drop(device);
+    // The older copy of block 0 (generation 1): the flush that the cut came into was about to write it.
+    flip(&image.sidecar(), 8192 + 4096 + 80);
+    let device = image.open_with(without_run_state()).unwrap();
+    assert!(
+        device.notices()[0].contains("one copy of zone table block 0"),
+        "{:?}",
+        device.notices()
+    );
+    image.close(device);
+    let device = image.open();
+    assert!(device.notices().is_empty(), "{:?}", device.notices());
+    assert_eq!(image.zone(&device, 1).wp, ZONE + 8192);
+    image.close(device);
+}
+
+#[test]
 fn a_lost_newest_copy_of_a_cleanly_closed_image_is_noticed() {
     let image = Image::new();
     let device = image.open();

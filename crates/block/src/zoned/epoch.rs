@@ -21,6 +21,8 @@ impl Opening<'_> {
         let failed = |error| place.table_error(error);
         if self.table.header().open != 0 {
             self.table.rewrite().await.map_err(failed)?;
+            self.table.sync().await.map_err(failed)?;
+            self.table.restore().await.map_err(failed)?;
         }
         self.table.sync().await.map_err(failed)?;
         if recovered {

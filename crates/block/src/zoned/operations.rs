@@ -41,7 +41,8 @@ impl ZonedNode {
                 Durability::Table { committer, .. } if op == ExclusiveOp::Finish => {
                     committer.flush(&[], &self.image()).await
                 }
-                _ => Ok(()),
+                // There was nothing to do. It may have waited until there was not, and the epoch may have failed meanwhile.
+                _ => self.check_epoch(),
             };
         };
         self.drain(&permit).await;

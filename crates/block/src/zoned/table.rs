@@ -70,6 +70,8 @@ pub struct Table {
     generations: Vec<u64>,
     /// Blocks whose very first write was torn.
     torn: Vec<u64>,
+    /// Blocks of which one copy is damaged.
+    halves: Vec<u64>,
 }
 
 /// What was found when a table was opened.
@@ -125,6 +127,7 @@ impl Table {
             generations: vec![0; blocks(header.nr_zones.get()) as usize],
             header,
             torn: Vec::new(),
+            halves: Vec::new(),
         };
         table.write(records).await?;
         table.header.generation_sum = table.generation_sum().into();
@@ -193,15 +196,33 @@ impl Table {
             while let Some((zone, record)) = rest.next_if(|(zone, _)| **zone / ENTRIES_PER_BLOCK == index) {
                 block.entries[(zone % ENTRIES_PER_BLOCK) as usize] = entry_of(record);
             }
-            let generation = self.generations[index as usize] + 1;
-            block.generation = generation.into();
-            block.crc = 0.into();
-            block.crc = crc32c::crc32c(block.as_bytes()).into();
-            let offset = copy_offset(index.into(), generation);
-            self.write_block(block.as_bytes(), offset).await?;
-            self.generations[index as usize] = generation;
+            self.write_next(index.into(), block).await?;
         }
         Ok(())
+    }
+
+    /// Writes a block's next generation, over its older copy.
+    async fn write_next(&mut self, index: u64, mut block: Box<TableBlock>) -> Result<(), TableError> {
+        let generation = self.generations[index as usize] + 1;
+        block.generation = generation.into();
+        block.crc = 0.into();
+        block.crc = crc32c::crc32c(block.as_bytes()).into();
+        let offset = copy_offset(index, generation);
+        self.write_block(block.as_bytes(), offset).await?;
+        self.generations[index as usize] = generation;
+        Ok(())
+    }
+
+    /// Writes the blocks once more of which one copy is damaged, over that copy; how many, not synced. What a cut has torn
+    /// is no fault while the epoch is open, and would be one when it has ended. The other copies are durable: a sync
+    /// has followed [`Table::rewrite`].
+    pub async fn restore(&mut self) -> Result<usize, TableError> {
+        let halves = std::mem::take(&mut self.halves);
+        for index in &halves {
+            let block = self.current_block(*index).await?;
+            self.write_next(*index, block).await?;
+        }
+        Ok(halves.len())
     }
 
     /// Writes all that was read once more in its place, not synced. Where a sync failed, the page cache may hold what the
@@ -313,6 +334,7 @@ impl Table {
         };
         let generation = best.generation.get();
         if damaged(0) || damaged(1) {
+            self.halves.push(index);
             findings.push(Finding::Half { index, generation });
         }
         self.generations[index as usize] = generation;

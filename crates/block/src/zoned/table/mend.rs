@@ -85,6 +85,7 @@ impl Table {
             header,
             generations,
             torn: Vec::new(),
+            halves: Vec::new(),
         };
         let records = table.load_blocks(&mut findings).await?;
         let clean = table.header.open == 0;
@@ -140,6 +141,7 @@ impl Table {
             }
         }
         self.torn.clear();
+        self.halves.clear();
         let sum = self.generation_sum();
         for _ in 0..2 {
             self.update_header(|header| {
