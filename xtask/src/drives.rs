@@ -25,13 +25,32 @@ pub struct DriveJob {
 }
 
 /// All of them.
-pub const DRIVE_JOBS: &[DriveJob] = &[DriveJob {
-    name: "host-device",
-    about: "the suites on null_blk, scsi_debug and NVMe, straight and through a door; what is refused",
-    minutes: 10,
-    script: include_str!("../guest/host-device.sh"),
-    shows: false,
-}];
+pub const DRIVE_JOBS: &[DriveJob] = &[
+    DriveJob {
+        name: "host-device",
+        about: "the suites on null_blk, scsi_debug and NVMe, straight and through a door; what is refused",
+        minutes: 10,
+        script: include_str!("../guest/host-device.sh"),
+        shows: false,
+    },
+    DriveJob {
+        name: "host-device-errors",
+        about: "bad media, dead zones, devices that go away: told apart, and nothing hangs",
+        minutes: 10,
+        script: include_str!("../guest/host-device-errors.sh"),
+        shows: false,
+    },
+    DriveJob {
+        name: "host-device-bench",
+        about: "writes and appends on null_blk against fio, a table",
+        minutes: 10,
+        script: include_str!("../guest/host-device-bench.sh"),
+        shows: true,
+    },
+];
+
+/// What their scripts have in common.
+const LIBRARY: &str = include_str!("../guest/drives.sh");
 
 const NAMES: [&str; 2] = ["zbdkit", "zbdkit-drive"];
 
@@ -79,7 +98,8 @@ impl DriveJob {
         }
         let drive = share.join("nvme.raw");
         std::fs::File::create(&drive)?.set_len(64 << 20)?;
-        let mut guest = Guest::new(rig, self.name, self.script);
+        let mut guest = Guest::new(rig, self.name, &format!("{LIBRARY}\n{}", self.script));
+        guest.memory = 3072;
         guest.timeout = Duration::from_secs(self.minutes * 60);
         guest.stream = verbose || self.shows;
         guest.share = Some(share.to_owned());
