@@ -35,7 +35,7 @@ pub fn prepare(guest: &mut Guest<'_>, rig: &Rig, zbdkit: &Zbdkit, directory: &Pa
     std::fs::write(directory.join("zoned.transcript"), ZONED)?;
     guest.share = Some(directory.to_owned());
     // It would be slow to run from the share.
-    guest.script = format!("run install /share/zbdkit /usr/local/bin/\n{}", guest.script);
+    guest.script = format!("run install -D -t /usr/local/bin /share/zbdkit\n{}", guest.script);
     let mut variables = vec![("TRANSCRIPT", "/share/zoned.transcript".to_owned())];
     if let Some(root) = rig.qemu.tree() {
         guest.share_read_only(&root.path(""), "qemu");

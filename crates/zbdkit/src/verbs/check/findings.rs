@@ -226,23 +226,13 @@ impl Examination {
             .map(|user| {
                 let says = printable(&user.to_string());
                 match user {
-                    User::Mount(at) if at == Path::new("/") => Finding::new(about, Verdict::Problem, says)
-                        .fix("take another disk: the running system is on this one"),
-                    User::Mount(at) => Finding::new(about, Verdict::Problem, says)
-                        .fix(format!("umount {}", shell_quoted(at))),
-                    User::Swap => Finding::new(about, Verdict::Problem, says)
-                        .fix(format!("swapoff {}", shell_quoted(&self.path))),
-                    User::Holder(name) => Finding::new(about, Verdict::Problem, says)
-                        .fix(format!("take {name} apart (dmsetup remove, mdadm --stop)")),
-                    User::Process { pid, .. } if claimed => Finding::new(about, Verdict::Problem, says).fix(
-                        format!("end process {pid}, if it is the one that keeps others out"),
-                    ),
                     // Nothing keeps it from writing.
-                    User::Process { .. } => Finding::new(
+                    User::Process { .. } if !claimed => Finding::new(
                         about,
                         Verdict::Note,
                         says + ": what it writes or resets, zbdkit learns of only by a failure",
                     ),
+                    _ => Finding::new(about, Verdict::Problem, says).fix(printable(&user.remedy())),
                 }
             })
             .collect();

@@ -116,8 +116,8 @@ fn each_use_is_a_problem_with_its_fix() {
     assert_eq!(
         fixes,
         [
-            "umount '/mnt/my data'",
-            "swapoff /dev/nullb0",
+            "unmount it (umount /mnt/my data)",
+            "turn that off (swapoff)",
             "take dm-0 apart (dmsetup remove, mdadm --stop)"
         ]
     );
