@@ -12,6 +12,7 @@ use clap::Args;
 
 use crate::demo::{self, log_of, socket_directory};
 use crate::drive::{Device, Format, Geometry, Zbdkit, remove_image};
+use crate::drives::{DRIVE_JOBS, DriveJob, Programs};
 use crate::guest::Guest;
 use crate::inside::{self, NVME_ZNS};
 use crate::proc::{self, Running};
@@ -294,6 +295,9 @@ impl Test {
                 };
                 say(&format!("{:16} {}{formats}", job.name, job.about));
             }
+            for job in DRIVE_JOBS {
+                say(&format!("{:16} {}", job.name, job.about));
+            }
             return Ok(());
         }
         let wanted = |name: &str| self.filter.as_deref().is_none_or(|filter| name.contains(filter));
@@ -308,6 +312,19 @@ impl Test {
             .collect();
         if !jobs.is_empty() {
             self.run_jobs(&jobs, &mut tally)?;
+        }
+        let drives: Vec<&DriveJob> = DRIVE_JOBS
+            .iter()
+            .filter(|job| !self.fast && self.device == Device::Zbdkit && wanted(job.name))
+            .collect();
+        if !drives.is_empty() {
+            heading("Drives of the guest's own kernel");
+            let programs = Programs::build()?;
+            let rig = Rig::prepare()?;
+            for job in drives {
+                heading(&format!("{}: {}", job.name, job.about));
+                tally.run(job.name, || job.run(&rig, &programs, self.verbose));
+            }
         }
         tally.finish()
     }
