@@ -1,4 +1,5 @@
 # zbdkit list and zbdkit check on real zoned devices, free and in use: what they show is what the kernel's own tools show.
+install -D -t /usr/local/bin /share/zbdkit || fail "no zbdkit"
 DEV=/dev/nullb0 SIZE_MB=512 ZONE_MB=16 CAPACITY_MB=12 CONVENTIONAL=4 MAX_OPEN=6 MAX_ACTIVE=8 SECTOR_BYTES=4096
 zonefs=/mnt
 
