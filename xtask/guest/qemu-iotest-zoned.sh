@@ -1,6 +1,8 @@
 # The steps of QEMU's iotest "zoned" on null_blk, by zbdkit io and by QEMU's own qemu-io, each on a new device: both must
-# print what the transcript says. TRANSCRIPT has "> COMMAND" lines and answers, one run of the program for each command.
+# print what the transcript says: it has "> COMMAND" lines and answers, one run of the program for each command.
 # QEMU_SHARE names the directory with QEMU's tools, if there is one.
+install -D -t /usr/local/bin /share/zbdkit || fail "no zbdkit"
+transcript=/share/zoned.transcript
 DEV=/dev/nullb0 SIZE_MB=256000 ZONE_MB=256 CONVENTIONAL=0 MAX_OPEN=0 MAX_ACTIVE=0 SECTOR_BYTES=512
 image=driver=host_device,filename=$DEV
 
@@ -23,7 +25,7 @@ zbdkit_io() {
 # steps PROGRAM: the transcript as this program gives it.
 steps() {
 	local line
-	grep '^> ' "$TRANSCRIPT" | while read -r line; do
+	grep '^> ' "$transcript" | while read -r line; do
 		echo "$line"
 		"$1" --cache writeback --aio threads -n --image-opts "$image" -c "${line#> }" </dev/null ||
 			echo "exit status $?"
@@ -47,7 +49,7 @@ if [ -n "$QEMU_SHARE" ]; then
 	run qemu_io --version
 	programs="qemu_io zbdkit_io"
 fi
-grep -v -e '^#' -e '^\[' -e '^$' "$TRANSCRIPT" >/tmp/expected
+grep -v -e '^#' -e '^\[' -e '^$' "$transcript" >/tmp/expected
 [ "$(grep -c '^> ' /tmp/expected)" -gt 20 ] || fail "the transcript has no steps"
 
 for program in $programs; do

@@ -22,7 +22,12 @@ pub struct DriveJob {
     script: &'static str,
     /// Its output is what it is for.
     shows: bool,
+    /// Files that it finds in its share, by name.
+    files: &'static [(&'static str, &'static str)],
 }
+
+/// The commands of QEMU's iotest `zoned`, with qemu-io's answers.
+const ZONED: &str = include_str!("../../crates/zbdkit/tests/cli/iotests/zoned.transcript");
 
 /// All of them.
 pub const DRIVE_JOBS: &[DriveJob] = &[
@@ -32,6 +37,7 @@ pub const DRIVE_JOBS: &[DriveJob] = &[
         minutes: 10,
         script: include_str!("../guest/host-device.sh"),
         shows: false,
+        files: &[],
     },
     DriveJob {
         name: "host-device-errors",
@@ -39,6 +45,7 @@ pub const DRIVE_JOBS: &[DriveJob] = &[
         minutes: 10,
         script: include_str!("../guest/host-device-errors.sh"),
         shows: false,
+        files: &[],
     },
     DriveJob {
         name: "host-device-bench",
@@ -46,11 +53,31 @@ pub const DRIVE_JOBS: &[DriveJob] = &[
         minutes: 10,
         script: include_str!("../guest/host-device-bench.sh"),
         shows: true,
+        files: &[],
+    },
+    DriveJob {
+        name: "iotest-zoned",
+        about: "QEMU's iotest on null_blk, by zbdkit io and by QEMU's own qemu-io",
+        minutes: 10,
+        script: include_str!("../guest/qemu-iotest-zoned.sh"),
+        shows: false,
+        files: &[("zoned.transcript", ZONED)],
+    },
+    DriveJob {
+        name: "list-check",
+        about: "list and check on null_blk, scsi_debug and NVMe, free and in use",
+        minutes: 10,
+        script: include_str!("../guest/list-check.sh"),
+        shows: false,
+        files: &[],
     },
 ];
 
 /// What their scripts have in common.
 const LIBRARY: &str = include_str!("../guest/drives.sh");
+
+/// The tag by which a guest mounts the tree with QEMU's tools, where they are in one of ours.
+const QEMU_SHARE: &str = "qemu";
 
 const NAMES: [&str; 2] = ["zbdkit", "zbdkit-drive"];
 
@@ -96,6 +123,9 @@ impl DriveJob {
             std::fs::copy(program, share.join(name))
                 .with_context(|| format!("cannot copy {}", program.display()))?;
         }
+        for (name, content) in self.files {
+            std::fs::write(share.join(name), content)?;
+        }
         let drive = share.join("nvme.raw");
         std::fs::File::create(&drive)?.set_len(64 << 20)?;
         let mut guest = Guest::new(rig, self.name, &format!("{LIBRARY}\n{}", self.script));
@@ -104,6 +134,10 @@ impl DriveJob {
         guest.stream = verbose || self.shows;
         guest.share = Some(share.to_owned());
         guest.qemu_args = nvme_arguments(&drive.display().to_string().replace(',', ",,"));
+        if let Some(tree) = rig.qemu.tree() {
+            guest.share_read_only(&tree.path(""), QEMU_SHARE);
+            guest = guest.variable("QEMU_SHARE", QEMU_SHARE);
+        }
         guest.run()?.check().map(drop)
     }
 }

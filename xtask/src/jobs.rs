@@ -14,7 +14,6 @@ use crate::demo::{self, log_of, socket_directory};
 use crate::drive::{Device, Format, Geometry, Zbdkit, remove_image};
 use crate::drives::{DRIVE_JOBS, DriveJob, Programs};
 use crate::guest::Guest;
-use crate::inside::{self, NVME_ZNS};
 use crate::proc::{self, Running};
 use crate::rig::Rig;
 use crate::ui::{heading, say};
@@ -49,8 +48,6 @@ pub struct Test {
 enum Play {
     /// One guest runs this script.
     Script(&'static str),
-    /// One guest runs this script, and zbdkit inside it, on devices of its own kernel; with these arguments for QEMU.
-    Inside(&'static str, &'static [&'static str]),
     /// The story of the demonstration.
     Story,
     /// The daemon is killed while the first script runs; the second checks what is left.
@@ -214,28 +211,7 @@ const JOBS: &[Job] = &[
         formats: BOTH,
         play: Play::Back(Way::Overlay, BACK),
     },
-    Job {
-        name: "iotest-zoned",
-        about: "QEMU's iotest on null_blk, by zbdkit io and by QEMU's own qemu-io",
-        geometry: Geometry::DEMO,
-        memory: 1024,
-        minutes: 10,
-        formats: NONE,
-        play: Play::Inside(script!("qemu-iotest-zoned"), &[]),
-    },
-    Job {
-        name: "host-devices",
-        about: "list and check on null_blk, scsi_debug and an NVMe drive, free and in use",
-        geometry: Geometry::DEMO,
-        memory: 1024,
-        minutes: 10,
-        formats: NONE,
-        play: Play::Inside(script!("host-devices"), NVME_ZNS),
-    },
 ];
-
-/// No image has a part in it.
-const NONE: &[Format] = &[];
 
 /// Names and outcomes of what has run.
 #[derive(Debug, Default)]
@@ -289,11 +265,7 @@ impl Test {
             }
             for job in JOBS {
                 let formats: Vec<_> = job.formats.iter().map(|format| format.name()).collect();
-                let formats = match formats.as_slice() {
-                    [] => String::new(),
-                    formats => format!(" ({})", formats.join(", ")),
-                };
-                say(&format!("{:16} {}{formats}", job.name, job.about));
+                say(&format!("{:16} {} ({})", job.name, job.about, formats.join(", ")));
             }
             for job in DRIVE_JOBS {
                 say(&format!("{:16} {}", job.name, job.about));
@@ -351,9 +323,9 @@ impl Test {
         Ok(())
     }
 
-    /// The formats that a job runs on, and what it is called there: null_blk has none, nor what runs inside a guest.
+    /// The formats that a job runs on, and what it is called there: null_blk has none.
     fn variants(&self, job: &Job) -> Vec<(Format, String)> {
-        if self.device != Device::Zbdkit || job.formats.is_empty() {
+        if self.device != Device::Zbdkit {
             return vec![(Format::Raw, job.name.to_owned())];
         }
         let formats = match (self.format, job.play) {
@@ -380,12 +352,6 @@ impl Test {
             };
             return self.guest(rig, job, name, script).run()?.check().map(drop);
         };
-        if let Play::Inside(script, qemu) = job.play {
-            let mut guest = self.guest(rig, job, name, script);
-            guest.qemu_args = qemu.iter().map(|&argument| argument.to_owned()).collect();
-            inside::prepare(&mut guest, rig, zbdkit, &rig.directory.join("images").join(name))?;
-            return guest.run()?.check().map(drop);
-        }
         let image = rig
             .directory
             .join("images")
@@ -399,7 +365,7 @@ impl Test {
             image: &image,
         };
         match job.play {
-            Play::Script(script) | Play::Inside(script, _) => self.on_drive(&on, script)?,
+            Play::Script(script) => self.on_drive(&on, script)?,
             Play::Story => demo::story(rig, zbdkit, &image, name, self.verbose).map(drop)?,
             Play::Kill(first, second) => self.kill(&on, (first, second))?,
             Play::Back(way, scripts) => self.back(&on, way, scripts)?,

@@ -6,7 +6,6 @@ mod diff;
 mod drive;
 mod drives;
 mod guest;
-mod inside;
 mod jobs;
 mod proc;
 mod rig;

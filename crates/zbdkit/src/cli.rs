@@ -29,13 +29,15 @@ Examples:
   zbdkit serve disk.qcow2 --vhost-user-blk /tmp/disk.sock
   zbdkit report disk.qcow2
   zbdkit io disk.qcow2 -c 'zrp 0 12' -c 'zap -p 0 0x1000 0x2000'
+  zbdkit list; zbdkit check /dev/sdb
 
 Images:
   An IMAGE is a path, a graph as QEMU writes it (driver=zoned,
   file.driver=file,file.filename=disk.raw,sidecar=zones.tbl) or the same as
   JSON (json:{\"driver\": \"zoned\", ...}). A comma in a value is written twice.
-  Drivers: file, memory, qcow2, raw, zoned. A qcow2 image holds its zones
-  itself; the zone table of any other file IMAGE is IMAGE.zones.
+  Drivers: file, host_device, memory, qcow2, raw, zoned. A qcow2 image holds
+  its zones itself; the zone table of any other file IMAGE is IMAGE.zones. A
+  zoned drive of this machine is named by its device file ('zbdkit list').
 
 Units:
   Sizes and offsets are bytes, with a suffix k, M, G, T, P or E (powers of

@@ -166,15 +166,10 @@ fn held(users: &[User]) -> String {
             .into();
     };
     let list: Vec<_> = users.iter().map(User::to_string).collect();
-    let fix = match first {
-        User::Mount(at) => format!("unmount it first (umount {})", at.display()),
-        User::Swap => "turn that off first (swapoff)".into(),
-        User::Holder(name) => format!("take {name} apart first (dmsetup remove, mdadm --stop)"),
-        User::Process { .. } => "end that first".into(),
-    };
     format!(
-        "is in use: {}; {fix}, or open it with read-only=on",
-        list.join(", ")
+        "is in use: {}; first {}, or open it with read-only=on",
+        list.join(", "),
+        first.remedy()
     )
 }
 

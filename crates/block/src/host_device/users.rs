@@ -34,6 +34,21 @@ impl fmt::Display for User {
     }
 }
 
+impl User {
+    /// What makes the device free of it.
+    pub fn remedy(&self) -> String {
+        match self {
+            User::Mount(at) if at == Path::new("/") => {
+                "take another disk, since the running system is on this one".into()
+            }
+            User::Mount(at) => format!("unmount it (umount {})", at.display()),
+            User::Swap => "turn that off (swapoff)".into(),
+            User::Holder(name) => format!("take {name} apart (dmsetup remove, mdadm --stop)"),
+            User::Process { pid, .. } => format!("end process {pid}"),
+        }
+    }
+}
+
 /// Who uses the device at `path`, as far as this process may see, from the `/proc` at `proc`. File systems over several
 /// devices name only some of them, so that nobody is found is no promise.
 pub fn users(facts: &BlockFacts, path: &Path, proc: &Path) -> Vec<User> {
@@ -149,6 +164,8 @@ mod tests {
             ]
         );
         assert_eq!(found[0].to_string(), "mounted at /mnt/my data");
+        assert_eq!(found[0].remedy(), "unmount it (umount /mnt/my data)");
+        assert_eq!(found[2].remedy(), "turn that off (swapoff)");
     }
 
     #[test]

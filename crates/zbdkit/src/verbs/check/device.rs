@@ -81,7 +81,10 @@ fn examine(path: &Path) -> anyhow::Result<Examination> {
         let zones = facts.zones?;
         Some(counts(path, zones.zone_size, facts.size).map_err(|error| error.to_string()))
     });
-    let hopeless = !readable || claimed == Some(true);
+    let partition = facts
+        .as_ref()
+        .is_some_and(|facts| facts.zones.is_some() && facts.partition_of.is_some());
+    let hopeless = !readable || claimed == Some(true) || partition;
     let opened = (!hopeless).then(|| open(path).map_err(|error| describe(&error)));
     Ok(Examination {
         path: path.to_owned(),

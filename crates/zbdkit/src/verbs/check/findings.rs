@@ -4,10 +4,11 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use zbdkit_block::host_device::sysfs::BlockFacts;
+use zbdkit_block::host_device::sysfs::{BlockFacts, ZoneFacts};
 use zbdkit_block::host_device::{Access, User};
 use zbdkit_block::{Limits, format_size};
 use zbdkit_export::vhost_user_blk;
+use zbdkit_zone::Geometry;
 
 use crate::image::shell_quoted;
 use crate::output::printable;
@@ -147,27 +148,22 @@ impl Examination {
     }
 
     fn device(&self) -> Finding {
-        let Some(facts) = &self.facts else {
-            return Finding::new("device", Verdict::Ok, "character device");
+        let geometry = match &self.opened {
+            Some(Ok(limits)) => limits.zoned.as_ref(),
+            _ => None,
         };
-        let size = format_size(facts.size);
-        let says = match &facts.zones {
-            None => format!("{size} without zones that this kernel shows: an ordinary disk"),
-            Some(zones) => {
-                let limit = |limit: u32| match limit {
-                    0 => "any number".to_owned(),
-                    limit => limit.to_string(),
-                };
-                format!(
-                    "{}, {size}, {} zones of {}; may be open: {}, active: {}; blocks of {} bytes",
-                    model_name(zones.model),
-                    zones.nr_zones,
-                    format_size(zones.zone_size),
-                    limit(zones.max_open),
-                    limit(zones.max_active),
-                    facts.logical_block_size
-                )
-            }
+        let says = match (&self.facts, geometry) {
+            (None, None) => "character device".to_owned(),
+            (None, Some(geometry)) => format!("character device: {}", of_geometry(geometry)),
+            (Some(facts), geometry) => match (&facts.zones, geometry) {
+                (Some(zones), _) => of_facts(facts, zones),
+                // The kernel shows none, but the drive has some, and was asked itself.
+                (None, Some(geometry)) => of_geometry(geometry),
+                (None, None) => format!(
+                    "{} without zones that this kernel shows: an ordinary disk",
+                    format_size(facts.size)
+                ),
+            },
         };
         Finding::new("device", Verdict::Ok, says)
     }
@@ -226,23 +222,13 @@ impl Examination {
             .map(|user| {
                 let says = printable(&user.to_string());
                 match user {
-                    User::Mount(at) if at == Path::new("/") => Finding::new(about, Verdict::Problem, says)
-                        .fix("take another disk: the running system is on this one"),
-                    User::Mount(at) => Finding::new(about, Verdict::Problem, says)
-                        .fix(format!("umount {}", shell_quoted(at))),
-                    User::Swap => Finding::new(about, Verdict::Problem, says)
-                        .fix(format!("swapoff {}", shell_quoted(&self.path))),
-                    User::Holder(name) => Finding::new(about, Verdict::Problem, says)
-                        .fix(format!("take {name} apart (dmsetup remove, mdadm --stop)")),
-                    User::Process { pid, .. } if claimed => Finding::new(about, Verdict::Problem, says).fix(
-                        format!("end process {pid}, if it is the one that keeps others out"),
-                    ),
                     // Nothing keeps it from writing.
-                    User::Process { .. } => Finding::new(
+                    User::Process { .. } if !claimed => Finding::new(
                         about,
                         Verdict::Note,
                         says + ": what it writes or resets, zbdkit learns of only by a failure",
                     ),
+                    _ => Finding::new(about, Verdict::Problem, says).fix(printable(&user.remedy())),
                 }
             })
             .collect();
@@ -286,6 +272,44 @@ impl Examination {
             }
         })
     }
+}
+
+fn of_facts(facts: &BlockFacts, zones: &ZoneFacts) -> String {
+    zoned(
+        model_name(zones.model),
+        (facts.size, zones.nr_zones, zones.zone_size),
+        (zones.max_open, zones.max_active),
+        facts.logical_block_size,
+    )
+}
+
+fn of_geometry(geometry: &Geometry) -> String {
+    zoned(
+        model_name(geometry.model()),
+        (geometry.size(), geometry.nr_zones(), geometry.zone_size()),
+        (geometry.max_open(), geometry.max_active()),
+        geometry.block_size(),
+    )
+}
+
+/// A zoned drive of a size, so many zones of a size, limits of open and of active ones, and a block size.
+fn zoned(
+    model: &str,
+    (size, nr_zones, zone_size): (u64, u32, u64),
+    (max_open, max_active): (u32, u32),
+    block_size: u32,
+) -> String {
+    let limit = |limit: u32| match limit {
+        0 => "any number".to_owned(),
+        limit => limit.to_string(),
+    };
+    format!(
+        "{model}, {}, {nr_zones} zones of {}; may be open: {}, active: {}; blocks of {block_size} bytes",
+        format_size(size),
+        format_size(zone_size),
+        limit(max_open),
+        limit(max_active)
+    )
 }
 
 fn read_only(facts: &BlockFacts) -> Option<Finding> {

@@ -89,6 +89,31 @@ note     nvme            this door is still to come
     assert_eq!(free().report().lines(true), "");
 }
 
+#[test]
+fn zones_that_the_kernel_does_not_show_are_those_of_the_opened_drive() {
+    let hidden = Examination {
+        facts: Some(BlockFacts {
+            zones: None,
+            ..facts()
+        }),
+        zones: None,
+        ..free()
+    };
+    let by_itself = Examination {
+        facts: None,
+        zones: None,
+        ..free()
+    };
+    let zones = "host-managed, 1 GiB, 16 zones of 64 MiB; may be open: 6, active: 8; blocks of 4096 bytes";
+    assert_eq!(hidden.findings()[0].says, zones);
+    assert_eq!(by_itself.findings()[0].says, format!("character device: {zones}"));
+    let plain = Examination {
+        opened: None,
+        ..hidden
+    };
+    assert!(plain.findings()[0].says.ends_with("an ordinary disk"));
+}
+
 /// What is a problem, each with its fix.
 fn problems(examination: &Examination) -> Vec<(&'static str, String, Option<String>)> {
     let findings = examination.findings().into_iter();
@@ -117,8 +142,8 @@ fn each_use_is_a_problem_with_its_fix() {
     assert_eq!(
         fixes,
         [
-            "umount '/mnt/my data'",
-            "swapoff /dev/nullb0",
+            "unmount it (umount /mnt/my data)",
+            "turn that off (swapoff)",
             "take dm-0 apart (dmsetup remove, mdadm --stop)"
         ]
     );

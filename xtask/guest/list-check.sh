@@ -1,4 +1,5 @@
 # zbdkit list and zbdkit check on real zoned devices, free and in use: what they show is what the kernel's own tools show.
+install -D -t /usr/local/bin /share/zbdkit || fail "no zbdkit"
 DEV=/dev/nullb0 SIZE_MB=512 ZONE_MB=16 CAPACITY_MB=12 CONVENTIONAL=4 MAX_OPEN=6 MAX_ACTIVE=8 SECTOR_BYTES=4096
 zonefs=/mnt
 
@@ -35,7 +36,7 @@ usable() {
 
 # hindered DEVICE ABOUT WORDS: the check fails, with a problem of that kind that says these words.
 hindered() {
-	refuse zbdkit check "$1" >/tmp/check
+	zbdkit check "$1" >/tmp/check && fail "usable: $1"
 	cat /tmp/check
 	grep -q "^problem  $2 .*$3" /tmp/check || fail "no problem with $2: $3"
 	grep -q "not usable as it is" /tmp/check || fail "not said"
@@ -92,6 +93,14 @@ disk=/dev/$(ls /sys/bus/pseudo/drivers/scsi_debug/adapter0/host*/target*/*/block
 figures "$disk"
 expect "drive" "Linux scsi_debug" "$(shown "$disk" vendor_model)"
 usable "$disk"
+run rmmod scsi_debug
+
+echo "== scsi_debug, whose zones take larger writes than its blocks: a guest could not know"
+modprobe scsi_debug zbc=managed dev_size_mb=256 zone_size_mb=8 sector_size=512 physblk_exp=3 || fail "no scsi_debug"
+udevadm settle
+disk=/dev/$(ls /sys/bus/pseudo/drivers/scsi_debug/adapter0/host*/target*/*/block)
+figures "$disk"
+hindered "$disk" vhost-user-blk "write granularity of 4096 bytes"
 run rmmod scsi_debug
 
 echo "== scsi_debug, host-aware, which Linux takes for an ordinary disk"
