@@ -247,7 +247,7 @@ impl Opener<'_> {
         if let Some(format) = self.options.format {
             return Ok(format);
         }
-        if self.is_block_device(path)? {
+        if self.is_device(path)? {
             return Ok(ImageFormat::Raw);
         }
         let sidecar = self.host.exists(&default_sidecar(path));
