@@ -471,6 +471,20 @@ fn a_flush_reaches_the_drive() {
 }
 
 #[test]
+fn a_namespace_that_is_not_ready_is_asked_again_but_not_for_ever() {
+    on_simulated(|drive, namespace| async move {
+        namespace.not_ready_for(2);
+        write(&drive, 0, BLOCK, 1).await.unwrap();
+        assert_eq!(zone(&drive, 0).await.wp, BLOCK);
+        namespace.not_ready_for(u32::MAX);
+        let error = drive.report(0, 1).await.unwrap_err();
+        assert_eq!(error.errno(), rustix::io::Errno::IO.raw_os_error());
+        namespace.not_ready_for(0);
+        write(&drive, BLOCK, BLOCK, 1).await.unwrap();
+    });
+}
+
+#[test]
 fn a_namespace_without_zones_is_refused_with_the_reason() {
     let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
     runtime.block_on(async {
