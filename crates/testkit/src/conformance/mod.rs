@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use std::fmt;
 
 use zbdkit_block::{CrossZone, Device, Error, Lane, ZoneOp};
-use zbdkit_io::IoBuf;
+use zbdkit_io::{IoBuf, LocalBoxFuture};
 use zbdkit_zone::{Condition, Filter, Geometry, ZoneInfo, ZoneNo, ZoneType};
 
 /// A rule that the device breaks.
@@ -67,24 +67,24 @@ enum Keeper {
 }
 
 /// Looks at a device after each step of the suites.
-pub type Observer<'a> = &'a dyn Fn() -> Result<(), String>;
+pub type Observer<'a> = &'a dyn Fn() -> LocalBoxFuture<'a, Result<(), String>>;
 
 /// Runs all suites on a device with sequential-required zones that an engine keeps. Its contents are lost.
 pub async fn run(device: &Device) -> Result<(), Broken> {
-    run_as(device, Keeper::Engine, &|| Ok(())).await
+    run_as(device, Keeper::Engine, &|| Box::pin(async { Ok(()) })).await
 }
 
 /// Runs all suites on a device whose zones a drive keeps, by itself or behind a door. Its contents are lost.
 pub async fn run_on_drive(device: &Device) -> Result<(), Broken> {
-    run_as(device, Keeper::Drive, &|| Ok(())).await
+    run_as(device, Keeper::Drive, &|| Box::pin(async { Ok(()) })).await
 }
 
 /// As [`run_on_drive`], and `observer` looks at the drive after each step.
-pub async fn run_observed(device: &Device, observer: Observer<'_>) -> Result<(), Broken> {
+pub async fn run_observed<'a>(device: &'a Device, observer: Observer<'a>) -> Result<(), Broken> {
     run_as(device, Keeper::Drive, observer).await
 }
 
-async fn run_as(device: &Device, keeper: Keeper, observer: Observer<'_>) -> Result<(), Broken> {
+async fn run_as<'a>(device: &'a Device, keeper: Keeper, observer: Observer<'a>) -> Result<(), Broken> {
     let Some(geometry) = device.limits().zoned else {
         return Err(Broken {
             suite: "limits",
@@ -136,10 +136,10 @@ impl Subject<'_> {
     }
 
     /// A step was made.
-    fn observe<T>(&self, result: T) -> T {
-        let mut seen = self.seen.borrow_mut();
-        if seen.is_ok() {
-            *seen = (self.observer)();
+    async fn observe<T>(&self, what: std::fmt::Arguments<'_>, result: T) -> T {
+        let wanted = self.seen.borrow().is_ok();
+        if wanted && let Err(difference) = (self.observer)().await {
+            *self.seen.borrow_mut() = Err(format!("after {what}: {difference}"));
         }
         result
     }
@@ -220,17 +220,29 @@ impl Subject<'_> {
     async fn write(&self, offset: u64, len: u64, byte: u8) -> Result<(), Error> {
         let buf = IoBuf::alloc(len as usize);
         buf.fill(0..len as usize, byte);
-        self.observe(self.device.write(&self.lane, buf, offset).await)
+        self.observe(
+            format_args!("a write of {len} bytes at {offset}"),
+            self.device.write(&self.lane, buf, offset).await,
+        )
+        .await
     }
 
     async fn append(&self, zone: ZoneNo, len: u64, byte: u8) -> Result<u64, Error> {
         let buf = IoBuf::alloc(len as usize);
         buf.fill(0..len as usize, byte);
-        self.observe(self.device.append(&self.lane, buf, self.start(zone)).await)
+        self.observe(
+            format_args!("an append of {len} bytes to zone {zone}"),
+            self.device.append(&self.lane, buf, self.start(zone)).await,
+        )
+        .await
     }
 
     async fn op(&self, zone: ZoneNo, op: ZoneOp) -> Result<(), Error> {
-        self.observe(self.device.zone_op(&self.lane, op, self.start(zone)).await)
+        self.observe(
+            format_args!("{op:?} of zone {zone}"),
+            self.device.zone_op(&self.lane, op, self.start(zone)).await,
+        )
+        .await
     }
 
     async fn read(&self, offset: u64, len: u64, cross: CrossZone) -> Result<Vec<u8>, Error> {
@@ -250,6 +262,19 @@ impl Subject<'_> {
                 offset + at as u64,
                 bytes[at]
             )),
+            None => Ok(()),
+        }
+    }
+
+    /// Nobody has written the range since the zone was reset: zeros from an engine. A drive may have a pattern of its own.
+    async fn unwritten(&self, offset: u64, len: u64) -> Outcome {
+        if self.is_engine() {
+            return self.holds(offset, len, 0).await;
+        }
+        let bytes = self.read(offset, len, CrossZone::Refuse).await;
+        let bytes = bytes.map_err(|e| format!("{len} bytes at {offset} cannot be read: {e}"))?;
+        match bytes.iter().find(|byte| !matches!(byte, 0 | 0xff)) {
+            Some(old) => Err(format!("old data ({old:#x}) can be read from {offset} on")),
             None => Ok(()),
         }
     }
