@@ -189,14 +189,21 @@ impl HostDeviceNode {
         result
     }
 
+    /// Writes where no order is asked for, zone by zone: drives refuse a write that goes from one into the next.
     async fn write_anywhere(&self, buf: IoBuf, offset: u64) -> Result<(), Error> {
-        match self.drive.file().write(buf, offset).await {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                let zone = self.geometry.zone_of(offset);
-                Err(self.reason("write", errno_of(&error), zone, true).await)
+        let len = buf.len() as u64;
+        let mut done = 0;
+        while done < len {
+            let at = offset + done;
+            let zone = self.geometry.zone_of(at);
+            let end = len.min(self.geometry.end(zone) - offset);
+            let part = buf.slice(done as usize..end as usize);
+            if let Err(error) = self.drive.file().write(part, at).await {
+                return Err(self.reason("write", errno_of(&error), zone, true).await);
             }
+            done = end;
         }
+        Ok(())
     }
 
     /// Zeros in a sequential zone are a write like any other.

@@ -187,6 +187,14 @@ impl DoorNode {
             return Ok(Ok(()));
         }
         let info = self.info(zone)?;
+        // Where writes may go anywhere, only what the zone is counts.
+        if info.kind == ZoneType::SequentialPreferred {
+            return Ok(match info.condition {
+                Condition::ReadOnly => Err(ZoneError::ReadOnly { zone }),
+                Condition::Offline => Err(ZoneError::Offline { zone }),
+                _ => Ok(()),
+            });
+        }
         Ok(writable(&info).place(Some(offset), len).map(drop))
     }
 
