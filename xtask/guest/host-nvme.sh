@@ -1,11 +1,13 @@
 # A zoned NVMe namespace by its character device: the rules of namespaces, the suites straight and through a door, each
 # report compared with nvme-cli's; the block device beside it; what is refused; a drive that is pulled out.
-install -D -t /usr/local/bin /share/zbdkit /share/zbdkit-drive || fail "no programs"
-modprobe nvme || fail "no nvme"
-udevadm settle
+nvme
+for ((i = 0; i < 100; i++)); do
+	[ -c /dev/ng0n1 ] && [ -c /dev/ng0n2 ] && break
+	sleep 0.1
+done
 # The kernel does not number them as the drive does.
 for device in /dev/ng0n*; do
-	if nvme zns id-ns "$device" >/dev/null 2>&1; then zoned=$device; else plain=$device; fi
+	if command nvme zns id-ns "$device" >/dev/null 2>&1; then zoned=$device; else plain=$device; fi
 done
 block=/dev/nvme${zoned#/dev/ng}
 [ -c "$zoned" ] && [ -c "$plain" ] && [ -b "$block" ] || fail "the namespaces are not there"
