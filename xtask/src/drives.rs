@@ -3,6 +3,7 @@
 //! zbdkit runs inside of the guest here, with `zbdkit-drive` of the test kit, which has the suites.
 
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -24,7 +25,44 @@ pub struct DriveJob {
     shows: bool,
     /// Files that it finds in its share, by name.
     files: &'static [(&'static str, &'static str)],
+    /// QEMU's NVMe drive.
+    nvme: Nvme,
+    /// Test programs of the test kit that it runs as `/share/test-NAME`.
+    tests: &'static [&'static str],
 }
+
+/// QEMU's NVMe drive: `/dev/nvme0`.
+#[derive(Debug, Clone, Copy)]
+struct Nvme {
+    /// Options of the controller, each with a comma before it.
+    controller: &'static str,
+    /// Options of its namespaces.
+    namespaces: &'static [&'static str],
+    /// MiB of each namespace.
+    size: u64,
+}
+
+/// One namespace: `/dev/nvme0n1`.
+const ONE: Nvme = Nvme {
+    controller: "",
+    namespaces: &[
+        "zoned=on,zoned.zone_size=4M,zoned.zone_capacity=3M,zoned.max_open=4,zoned.max_active=6,\
+         logical_block_size=4096,physical_block_size=4096",
+    ],
+    size: 64,
+};
+
+/// A namespace as the test kit simulates it (`zbdkit_testkit::namespace`), and one without zones.
+const AS_SIMULATED: Nvme = Nvme {
+    controller: ",mdts=4,zoned.zasl=3",
+    namespaces: &[
+        "zoned=on,zoned.zone_size=1M,zoned.zone_capacity=768K,zoned.max_open=3,zoned.max_active=5,\
+         zoned.descr_ext_size=64,zoned.numzrwa=2,zoned.zrwas=64K,zoned.zrwafg=16K,\
+         logical_block_size=4096,physical_block_size=4096",
+        "zoned=off",
+    ],
+    size: 8,
+};
 
 /// The commands of QEMU's iotest `zoned`, with qemu-io's answers.
 const ZONED: &str = include_str!("../../crates/zbdkit/tests/cli/iotests/zoned.transcript");
@@ -38,6 +76,8 @@ pub const DRIVE_JOBS: &[DriveJob] = &[
         script: include_str!("../guest/host-device.sh"),
         shows: false,
         files: &[],
+        nvme: ONE,
+        tests: &[],
     },
     DriveJob {
         name: "host-device-errors",
@@ -46,6 +86,8 @@ pub const DRIVE_JOBS: &[DriveJob] = &[
         script: include_str!("../guest/host-device-errors.sh"),
         shows: false,
         files: &[],
+        nvme: ONE,
+        tests: &[],
     },
     DriveJob {
         name: "host-device-bench",
@@ -54,6 +96,8 @@ pub const DRIVE_JOBS: &[DriveJob] = &[
         script: include_str!("../guest/host-device-bench.sh"),
         shows: true,
         files: &[],
+        nvme: ONE,
+        tests: &[],
     },
     DriveJob {
         name: "iotest-zoned",
@@ -62,6 +106,8 @@ pub const DRIVE_JOBS: &[DriveJob] = &[
         script: include_str!("../guest/qemu-iotest-zoned.sh"),
         shows: false,
         files: &[("zoned.transcript", ZONED)],
+        nvme: ONE,
+        tests: &[],
     },
     DriveJob {
         name: "list-check",
@@ -70,6 +116,28 @@ pub const DRIVE_JOBS: &[DriveJob] = &[
         script: include_str!("../guest/list-check.sh"),
         shows: false,
         files: &[],
+        nvme: ONE,
+        tests: &[],
+    },
+    DriveJob {
+        name: "host-nvme",
+        about: "an NVMe namespace by its character device: its rules, the suites, what is refused, pulled out",
+        minutes: 15,
+        script: include_str!("../guest/host-nvme.sh"),
+        shows: false,
+        files: &[],
+        nvme: AS_SIMULATED,
+        tests: &["nvme"],
+    },
+    DriveJob {
+        name: "host-aware",
+        about: "a host-aware SCSI disk, whose zones Linux does not show: its rules, the suites, as a plain disk",
+        minutes: 10,
+        script: include_str!("../guest/host-aware.sh"),
+        shows: false,
+        files: &[],
+        nvme: ONE,
+        tests: &["scsi"],
     },
 ];
 
@@ -83,34 +151,80 @@ const NAMES: [&str; 2] = ["zbdkit", "zbdkit-drive"];
 
 /// The programs that run in the guest.
 #[derive(Debug)]
-pub struct Programs([PathBuf; 2]);
+pub struct Programs {
+    /// By the names that they have there.
+    files: Vec<(String, PathBuf)>,
+}
 
 impl Programs {
-    /// Builds them, optimised; `$ZBDKIT_PROGRAMS` names a directory that has them already.
-    pub fn build() -> Result<Programs> {
+    /// Builds what these jobs need, optimised but for tests; `$ZBDKIT_PROGRAMS` names a directory that has it already.
+    pub fn build(jobs: &[&DriveJob]) -> Result<Programs> {
+        let mut tests: Vec<&str> = jobs.iter().flat_map(|job| job.tests).copied().collect();
+        tests.dedup();
         if let Some(directory) = std::env::var_os("ZBDKIT_PROGRAMS") {
-            return Ok(Programs(NAMES.map(|name| Path::new(&directory).join(name))));
+            let names = NAMES.map(str::to_owned).into_iter();
+            let names = names.chain(tests.iter().map(|name| test_name(name)));
+            let files = names.map(|name| (name.clone(), Path::new(&directory).join(name)));
+            return Ok(Programs {
+                files: files.collect(),
+            });
         }
-        let mut cargo = proc::command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        let mut cargo = cargo();
         cargo
-            .args([
-                "build",
-                "--release",
-                "--package",
-                "zbdkit",
-                "--package",
-                "zbdkit-testkit",
-            ])
-            .args(["--bin", "zbdkit", "--bin", "zbdkit-drive"])
-            .current_dir(crate::workspace());
-        let status = Running::start(&mut cargo, "cargo build")?.wait_for(Duration::from_secs(3600))?;
+            .args(["build", "--release", "--package", "zbdkit", "--package"])
+            .args(["zbdkit-testkit", "--bin", "zbdkit", "--bin", "zbdkit-drive"]);
+        let status = Running::start(&mut cargo, "cargo build")?.wait_for(BUILD_LIMIT)?;
         ensure!(
             status.is_some_and(|status| status.success()),
             "cargo build --release of zbdkit and zbdkit-drive failed"
         );
-        let at = |name| crate::target_directory().join("release").join(name);
-        Ok(Programs(NAMES.map(at)))
+        let at = |name: &str| crate::target_directory().join("release").join(name);
+        let mut files: Vec<_> = NAMES.map(|name| (name.to_owned(), at(name))).into();
+        for name in tests {
+            files.push((test_name(name), test_program(name)?));
+        }
+        Ok(Programs { files })
     }
+
+    fn get(&self, name: &str) -> Result<&Path> {
+        let file = self.files.iter().find(|(other, _)| other == name);
+        Ok(&file.with_context(|| format!("{name} was not built"))?.1)
+    }
+}
+
+/// Compiling takes at most this long.
+const BUILD_LIMIT: Duration = Duration::from_secs(3600);
+
+fn cargo() -> Command {
+    let mut cargo = proc::command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(crate::workspace());
+    cargo
+}
+
+fn test_name(name: &str) -> String {
+    format!("test-{name}")
+}
+
+/// Builds a test of the test kit and gives its program.
+fn test_program(name: &str) -> Result<PathBuf> {
+    let mut cargo = cargo();
+    cargo
+        .args(["test", "--no-run", "--package", "zbdkit-testkit", "--test", name])
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit());
+    let output = cargo.output().context("cannot run cargo test")?;
+    ensure!(
+        output.status.success(),
+        "cargo test --no-run --test {name} failed"
+    );
+    // One JSON object a line (the Cargo Book, External tools); that of the last program built has it.
+    let messages = String::from_utf8_lossy(&output.stdout);
+    messages
+        .lines()
+        .rev()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .find_map(|message| Some(PathBuf::from(message.get("executable")?.as_str()?)))
+        .with_context(|| format!("cargo names no program of the test {name}"))
 }
 
 impl DriveJob {
@@ -118,22 +232,21 @@ impl DriveJob {
     pub fn run(&self, rig: &Rig, programs: &Programs, verbose: bool) -> Result<()> {
         let directory = tempfile::tempdir().context("no temporary directory")?;
         let share = directory.path();
-        for program in &programs.0 {
-            let name = program.file_name().context("a program without a name")?;
+        let tests = self.tests.iter().map(|name| test_name(name));
+        for name in NAMES.map(str::to_owned).into_iter().chain(tests) {
+            let program = programs.get(&name)?;
             std::fs::copy(program, share.join(name))
                 .with_context(|| format!("cannot copy {}", program.display()))?;
         }
         for (name, content) in self.files {
             std::fs::write(share.join(name), content)?;
         }
-        let drive = share.join("nvme.raw");
-        std::fs::File::create(&drive)?.set_len(64 << 20)?;
         let mut guest = Guest::new(rig, self.name, &format!("{LIBRARY}\n{}", self.script));
         guest.memory = 3072;
         guest.timeout = Duration::from_secs(self.minutes * 60);
         guest.stream = verbose || self.shows;
         guest.share = Some(share.to_owned());
-        guest.qemu_args = nvme_arguments(&drive.display().to_string().replace(',', ",,"));
+        guest.qemu_args = self.nvme.arguments(share)?;
         if let Some(tree) = rig.qemu.tree() {
             guest.share_read_only(&tree.path(""), QEMU_SHARE);
             guest = guest.variable("QEMU_SHARE", QEMU_SHARE);
@@ -142,17 +255,24 @@ impl DriveJob {
     }
 }
 
-/// A zoned NVMe drive: `/dev/nvme0n1`.
-fn nvme_arguments(file: &str) -> Vec<String> {
-    [
-        "-drive",
-        &format!("if=none,id=nvm,format=raw,file={file}"),
-        "-device",
-        "nvme,id=nvme0,serial=zbdkit-nvme",
-        "-device",
-        "nvme-ns,bus=nvme0,drive=nvm,zoned=on,zoned.zone_size=4M,zoned.zone_capacity=3M,zoned.max_open=4,\
-         zoned.max_active=6,logical_block_size=4096,physical_block_size=4096",
-    ]
-    .map(str::to_owned)
-    .into()
+impl Nvme {
+    /// QEMU's arguments for it, with its files in `directory`.
+    fn arguments(&self, directory: &Path) -> Result<Vec<String>> {
+        let mut arguments = vec![
+            "-device".to_owned(),
+            format!("nvme,id=nvme0,serial=zbdkit-nvme{}", self.controller),
+        ];
+        for (n, options) in self.namespaces.iter().enumerate() {
+            let file = directory.join(format!("nvme{n}.raw"));
+            std::fs::File::create(&file)?.set_len(self.size << 20)?;
+            let file = file.display().to_string().replace(',', ",,");
+            arguments.extend([
+                "-drive".to_owned(),
+                format!("if=none,id=nvm{n},format=raw,file={file}"),
+                "-device".to_owned(),
+                format!("nvme-ns,bus=nvme0,drive=nvm{n},nsid={},{options}", n + 1),
+            ]);
+        }
+        Ok(arguments)
+    }
 }

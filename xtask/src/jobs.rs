@@ -291,7 +291,7 @@ impl Test {
             .collect();
         if !drives.is_empty() {
             heading("Drives of the guest's own kernel");
-            let programs = Programs::build()?;
+            let programs = Programs::build(&drives)?;
             let rig = Rig::prepare()?;
             for job in drives {
                 heading(&format!("{}: {}", job.name, job.about));

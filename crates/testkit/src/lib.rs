@@ -8,3 +8,4 @@ pub mod drive;
 pub mod fault;
 pub mod kill;
 pub mod namespace;
+pub mod reported;

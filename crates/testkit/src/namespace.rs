@@ -45,6 +45,8 @@ struct State {
     zones: Vec<Zone>,
     data: Vec<u8>,
     flushes: u32,
+    /// Commands that it is not ready for yet.
+    not_ready: u32,
 }
 
 /// The namespace, as the storage of a character device.
@@ -66,6 +68,7 @@ impl Simulated {
                 zones: (0..ZONES).map(zone).collect(),
                 data: vec![0; (ZONES * ZONE_SIZE * BLOCK) as usize],
                 flushes: 0,
+                not_ready: 0,
             }),
         })
     }
@@ -73,6 +76,14 @@ impl Simulated {
     /// How many flushes there were.
     pub fn flushes(&self) -> u32 {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).flushes
+    }
+
+    /// The next I/O commands are answered with that the namespace is not ready.
+    pub fn not_ready_for(&self, commands: u32) {
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .not_ready = commands;
     }
 
     /// Puts a zone into a state that no command brings about.
@@ -98,6 +109,14 @@ impl Storage for Simulated {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let answer = match command.queue {
             NvmeQueue::Admin => identify(&command, &buf),
+            NvmeQueue::Io if state.not_ready > 0 => {
+                state.not_ready -= 1;
+                let completion = NvmeCompletion {
+                    status: Status::NAMESPACE_NOT_READY.0,
+                    result: 0,
+                };
+                return Box::pin(async move { Ok(completion) });
+            }
             NvmeQueue::Io => state.io(&command, &buf),
         };
         let completion = match answer {

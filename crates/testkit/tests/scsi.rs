@@ -2,11 +2,11 @@
 //! on it is lost. The guest job `scsi` runs this on scsi_debug.
 
 use std::path::PathBuf;
-use std::process::Command;
 
 use zbdkit_block::host_device::{Drive, DriveFacts, ScsiDrive, block_facts};
 use zbdkit_block::{FileOptions, Host, OsHost, ZoneOp};
 use zbdkit_io::{IoBuf, Runtime, RuntimeOptions};
+use zbdkit_testkit::reported;
 use zbdkit_zone::{CloseEmpty, Condition, Model, ZoneInfo, ZoneType};
 
 fn open() -> ScsiDrive {
@@ -42,44 +42,8 @@ async fn zones(drive: &ScsiDrive) -> Vec<ZoneInfo> {
         // A few at a time, so that reports join.
         zones.extend(drive.report(at, 3).await.unwrap());
     }
-    as_sg3_utils_have_it(drive, &zones);
+    reported::same_zones(&zones, &facts.path, facts.block_size).unwrap();
     zones
-}
-
-/// Holds a report against the bytes that `sg_rep_zones --raw` gets.
-fn as_sg3_utils_have_it(drive: &ScsiDrive, ours: &[ZoneInfo]) {
-    let facts = drive.facts();
-    let shown = Command::new("sg_rep_zones")
-        .args(["--raw", "--maxlen=262144"])
-        .arg(&facts.path)
-        .output()
-        .expect("sg3_utils");
-    let block = u64::from(facts.block_size);
-    let number = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().unwrap()).wrapping_mul(block);
-    let theirs: Vec<_> = shown.stdout[64..]
-        .chunks_exact(64)
-        .map(|zone| {
-            let positions = [&zone[8..16], &zone[16..24], &zone[24..32]].map(number);
-            (zone[0] & 15, zone[1] >> 4, positions)
-        })
-        .collect();
-    assert_eq!(ours.len(), theirs.len());
-    assert_eq!(ours.len(), facts.zones.nr_zones as usize);
-    for (zone, (kind, condition, [len, start, wp])) in ours.iter().zip(theirs) {
-        assert_eq!(
-            (zone.kind as u8, zone.condition as u8),
-            (kind, condition),
-            "{zone:?}"
-        );
-        assert_eq!((zone.start, zone.len), (start, len));
-        let valid = !matches!(
-            zone.condition,
-            Condition::NotWritePointer | Condition::Full | Condition::ReadOnly | Condition::Offline
-        );
-        if valid {
-            assert_eq!(zone.wp, wp, "{zone:?}");
-        }
-    }
 }
 
 async fn write(drive: &ScsiDrive, offset: u64, seed: u8) {

@@ -28,5 +28,5 @@ pub(crate) use nvme::is_nvme_namespace;
 pub use nvme::{KernelLimits, NamespaceFacts, NvmeDrive, ZrwaFacts};
 pub use open::block_facts;
 pub(crate) use open::{HostDevice, has_zones, needs_host_device, number_of};
-pub use scsi::ScsiDrive;
+pub use scsi::{ScsiDrive, ZoneAdvice};
 pub use users::{User, users};

@@ -1,6 +1,6 @@
 //! The node over a zoned drive.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use zbdkit_io::{File, IoBuf};
@@ -189,14 +189,25 @@ impl HostDeviceNode {
         result
     }
 
+    /// A request that lies on the device, zone by zone: where each part goes, and which part of its buffer that is. Some drives
+    /// refuse commands that go from one zone into the next.
+    fn by_zone(&self, offset: u64, len: u64) -> impl Iterator<Item = (ZoneNo, u64, Range<usize>)> + use<> {
+        let geometry = self.geometry;
+        self.zones_of(offset, len).map(move |zone| {
+            let at = offset.max(geometry.start(zone));
+            let end = geometry.end(zone).min(offset + len);
+            (zone, at, (at - offset) as usize..(end - offset) as usize)
+        })
+    }
+
+    /// Writes where no order is asked for.
     async fn write_anywhere(&self, buf: IoBuf, offset: u64) -> Result<(), Error> {
-        match self.drive.file().write(buf, offset).await {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                let zone = self.geometry.zone_of(offset);
-                Err(self.reason("write", errno_of(&error), zone, true).await)
+        for (zone, at, part) in self.by_zone(offset, buf.len() as u64) {
+            if let Err(error) = self.drive.file().write(buf.slice(part), at).await {
+                return Err(self.reason("write", errno_of(&error), zone, true).await);
             }
         }
+        Ok(())
     }
 
     /// Zeros in a sequential zone are a write like any other.
@@ -265,13 +276,12 @@ impl Node for HostDeviceNode {
             if cross == CrossZone::Refuse && self.is_ordered(offset, len) {
                 self.one_zone(offset, len)?;
             }
-            match self.drive.file().read(buf, offset).await {
-                Ok(()) => Ok(()),
-                Err(error) => {
-                    let zone = self.geometry.zone_of(offset);
-                    Err(self.reason("read", errno_of(&error), zone, false).await)
+            for (zone, at, part) in self.by_zone(offset, len) {
+                if let Err(error) = self.drive.file().read(buf.slice(part), at).await {
+                    return Err(self.reason("read", errno_of(&error), zone, false).await);
                 }
             }
+            Ok(())
         })
     }
 

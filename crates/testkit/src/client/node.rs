@@ -181,12 +181,22 @@ impl DoorNode {
     fn may_write(&self, offset: u64, len: u64) -> Result<Result<(), ZoneError>, Error> {
         let zone = match self.one_zone(offset, len) {
             Ok(zone) => zone,
+            // A host-aware device is a disk to those who do not know zones.
+            Err(_) if self.geometry.model() == Model::HostAware => return Ok(Ok(())),
             Err(rule) => return Ok(Err(rule)),
         };
         if self.geometry.is_conventional(zone) {
             return Ok(Ok(()));
         }
         let info = self.info(zone)?;
+        // Where writes may go anywhere, only what the zone is counts.
+        if info.kind == ZoneType::SequentialPreferred {
+            return Ok(match info.condition {
+                Condition::ReadOnly => Err(ZoneError::ReadOnly { zone }),
+                Condition::Offline => Err(ZoneError::Offline { zone }),
+                _ => Ok(()),
+            });
+        }
         Ok(writable(&info).place(Some(offset), len).map(drop))
     }
 

@@ -151,11 +151,19 @@ pub async fn conventional(s: &Subject<'_>) -> Outcome {
         "an open of a conventional zone"
     );
     let end = s.start(s.zone(0));
-    refused!(
-        s.write(end - block, 2 * block, 1).await,
-        Error::Zone(ZoneError::Boundary { .. }),
-        "a write from a conventional zone into a sequential one"
-    );
+    if s.is_preferred() {
+        ok(
+            s.write(end - block, 2 * block, 1).await,
+            "a write from a conventional zone into one that takes writes anywhere",
+        )?;
+        s.is(s.zone(0), Condition::ImplicitlyOpen, block).await?;
+    } else {
+        refused!(
+            s.write(end - block, 2 * block, 1).await,
+            Error::Zone(ZoneError::Boundary { .. }),
+            "a write from a conventional zone into a sequential one"
+        );
+    }
     ok(
         s.device.write_zeroes(&s.lane, 0, block, false).await,
         "a write of zeros",

@@ -4,6 +4,7 @@
 //! that refuses everything does not pass.
 
 mod data;
+mod preferred;
 mod rules;
 
 use std::cell::RefCell;
@@ -11,7 +12,7 @@ use std::fmt;
 
 use zbdkit_block::{CrossZone, Device, Error, Lane, ZoneOp};
 use zbdkit_io::{IoBuf, LocalBoxFuture};
-use zbdkit_zone::{Condition, Filter, Geometry, ZoneInfo, ZoneNo, ZoneType};
+use zbdkit_zone::{Condition, Filter, Geometry, Model, ZoneInfo, ZoneNo, ZoneType};
 
 /// A rule that the device breaks.
 #[derive(Debug)]
@@ -69,7 +70,7 @@ enum Keeper {
 /// Looks at a device after each step of the suites.
 pub type Observer<'a> = &'a dyn Fn() -> LocalBoxFuture<'a, Result<(), String>>;
 
-/// Runs all suites on a device with sequential-required zones that an engine keeps. Its contents are lost.
+/// Runs all suites on a device whose zones an engine keeps. Its contents are lost.
 pub async fn run(device: &Device) -> Result<(), Broken> {
     run_as(device, Keeper::Engine, &|| Box::pin(async { Ok(()) })).await
 }
@@ -101,8 +102,13 @@ async fn run_as<'a>(device: &'a Device, keeper: Keeper, observer: Observer<'a>) 
     };
     let s = &subject;
     s.suite("limits", rules::limits(s)).await?;
-    s.suite("writes", data::writes(s)).await?;
-    s.suite("appends", data::appends(s)).await?;
+    if s.is_preferred() {
+        s.suite("writes", preferred::writes(s)).await?;
+        s.suite("appends", preferred::appends(s)).await?;
+    } else {
+        s.suite("writes", data::writes(s)).await?;
+        s.suite("appends", data::appends(s)).await?;
+    }
     s.suite("conventional zones", data::conventional(s)).await?;
     s.suite("transitions", rules::transitions(s)).await?;
     s.suite("resources", rules::resources(s)).await?;
@@ -146,6 +152,11 @@ impl Subject<'_> {
 
     fn is_engine(&self) -> bool {
         self.keeper == Keeper::Engine
+    }
+
+    /// Its sequential zones take writes anywhere.
+    fn is_preferred(&self) -> bool {
+        self.geometry.model() == Model::HostAware
     }
 
     /// All zones normal and empty.

@@ -10,9 +10,11 @@ use std::os::fd::BorrowedFd;
 
 use zbdkit_io::{File, unblock};
 use zbdkit_spec::scsi::{
-    BlockDeviceCharacteristics, InquiryCdb, ReportZonesCdb, SenseKey, VpdPage, ZoneOut, ZoneOutCdb, Zoned,
+    BlockDeviceCharacteristics, InquiryCdb, NOT_REPORTED, ReportZonesCdb, SenseKey, VpdPage, ZoneOut,
+    ZoneOutCdb, Zoned, ZonedCharacteristics, ZonedFlags,
 };
 use zbdkit_zone::{Model, ZoneInfo, ZoneType};
+use zerocopy::big_endian::U32;
 use zerocopy::{FromBytes, IntoBytes};
 
 use self::report::{Place, bytes_of};
@@ -39,10 +41,31 @@ pub struct ScsiDrive {
     file: File,
 }
 
+/// What a disk says about how its zones are used best (page B6h; ZBC-2, 6.5.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ZoneAdvice {
+    /// How many sequential-preferred zones are best open at a time, where it says so.
+    pub open: Option<u32>,
+    /// How many of them are best written otherwise than in sequence, where it says so.
+    pub non_sequential: Option<u32>,
+    /// Sequential-required zones can be read above their pointers (URSWRZ).
+    pub reads_above_pointer: bool,
+}
+
 impl ScsiDrive {
     /// The drive behind an opened whole disk, whose zones [`zone_facts`] has found.
     pub fn new(facts: DriveFacts, file: File) -> ScsiDrive {
         ScsiDrive { facts, file }
+    }
+
+    /// What the disk advises; `None` where it has no page for that, or cannot be asked.
+    pub async fn advice(&self) -> Option<ZoneAdvice> {
+        let cdb = InquiryCdb::vpd(VpdPage::ZONED_BLOCK_DEVICE_CHARACTERISTICS, PAGE_BYTES);
+        let answer = execute(&self.file, "inquiry", cdb.as_bytes(), PAGE_BYTES.into()).await;
+        match answer.ok()? {
+            (Outcome::Good(came), data) => advice(data.get(..came)?),
+            _ => None,
+        }
     }
 
     fn place(&self) -> Place {
@@ -156,6 +179,16 @@ fn zoned(fd: BorrowedFd<'_>) -> Option<Zoned> {
     is_it.then(|| page.zoned())
 }
 
+fn advice(page: &[u8]) -> Option<ZoneAdvice> {
+    let (page, _) = ZonedCharacteristics::read_from_prefix(page).ok()?;
+    let number = |count: U32| (count.get() != NOT_REPORTED).then_some(count.get());
+    (VpdPage(page.header.page) == VpdPage::ZONED_BLOCK_DEVICE_CHARACTERISTICS).then(|| ZoneAdvice {
+        open: number(page.optimal_open_preferred),
+        non_sequential: number(page.optimal_non_sequential_preferred),
+        reads_above_pointer: ZonedFlags::from_bits(page.flags).urswrz(),
+    })
+}
+
 /// The first zones of the disk, if it reports any.
 fn first_zones(fd: BorrowedFd<'_>, place: Place) -> Option<Vec<ZoneInfo>> {
     let len = bytes_of(REPORT_MAX);
@@ -205,4 +238,25 @@ fn attentive(fd: BorrowedFd<'_>, cdb: &[u8], len: usize) -> io::Result<(Outcome,
         }
     }
     Ok((outcome, data))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_is_taken_from_its_page_and_none_is_none() {
+        let mut page = vec![0; 64];
+        page[..5].copy_from_slice(&[0, 0xb6, 0, 0x3c, 1]);
+        page[8..16].copy_from_slice(&[0, 0, 0, 128, 0xff, 0xff, 0xff, 0xff]);
+        let expected = ZoneAdvice {
+            open: Some(128),
+            non_sequential: None,
+            reads_above_pointer: true,
+        };
+        assert_eq!(advice(&page), Some(expected));
+        assert_eq!(advice(&page[..12]), None);
+        page[1] = 0xb1;
+        assert_eq!(advice(&page), None, "another page");
+    }
 }

@@ -3,7 +3,6 @@
 mod bench;
 mod door;
 mod flood;
-mod kernel;
 mod steps;
 
 use std::path::{Path, PathBuf};
@@ -15,7 +14,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::{Parser, Subcommand};
 use zbdkit_block::{Device, Graph, Host, OpenOptions, OsHost};
 use zbdkit_io::{Runtime, RuntimeOptions};
-use zbdkit_testkit::conformance;
+use zbdkit_testkit::{conformance, reported};
 
 /// Run suites, single steps and benchmarks on a zoned drive, whose contents are lost.
 #[derive(Debug, Parser)]
@@ -27,7 +26,7 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// The conformance suites; after each step the kernel's report must be zbdkit's
+    /// The conformance suites; after each step what the kernel or the tool for such drives reports must be zbdkit's
     Conform {
         /// The drive
         device: PathBuf,
@@ -79,12 +78,12 @@ fn run(verb: Verb) -> Result<()> {
             let seen = std::cell::Cell::new(0);
             let look = || -> zbdkit_io::LocalBoxFuture<'_, Result<(), String>> {
                 seen.set(seen.get() + 1);
-                Box::pin(kernel::same_report(device, &path))
+                Box::pin(reported::same_report(device, &path))
             };
             runtime
                 .block_on(conformance::run_observed(device, &look))
                 .map_err(|broken| anyhow!("{broken}"))?;
-            println!("conforms; {} reports were the kernel's", seen.get());
+            println!("conforms; {} reports were the same", seen.get());
             Ok(())
         }
         Verb::Steps { device: path, door } => {
