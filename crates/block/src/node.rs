@@ -241,6 +241,11 @@ pub trait Node: Send + Sync {
         None
     }
 
+    /// Fails where an earlier failure of this node was final: it takes no changes until it is reopened.
+    fn check(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Reads into all of `buf`.
     fn read<'a>(&'a self, lane: &'a Lane, buf: IoBuf, offset: u64, cross: CrossZone) -> Request<'a, ()>;
 

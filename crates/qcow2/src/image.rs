@@ -365,8 +365,8 @@ impl Qcow2 {
         l1.get((cluster >> self.l2_bits) as usize).copied().unwrap_or(0)
     }
 
-    /// Fails where an earlier failure was final.
-    pub(crate) fn check_failed(&self) -> Result<(), Error> {
+    /// Fails with [`Error::Failed`] where an earlier failure was final: the image takes no changes until it is reopened.
+    pub fn check_failed(&self) -> Result<(), Error> {
         self.failure.check()
     }
 

@@ -198,6 +198,10 @@ impl Node for Qcow2Node {
         Some(self)
     }
 
+    fn check(&self) -> Result<(), Error> {
+        Ok(self.image.check_failed()?)
+    }
+
     fn resolve(&self, offset: u64, len: u64, access: Access) -> Option<Resolved<'_>> {
         if access == Access::Write
             && let Some(ahead) = &self.ahead

@@ -358,9 +358,15 @@ impl ZonedNode {
         }
     }
 
+    /// Fails where the epoch has failed. What is final for the child is for its zones, too: a table that goes on could
+    /// speak of data that the child has lost.
     fn check_epoch(&self) -> Result<(), Error> {
         match &self.durability {
-            Durability::Table { committer, .. } => committer.check(),
+            Durability::Table { committer, .. } => {
+                committer.check()?;
+                let child = self.child.check();
+                child.inspect_err(|error| committer.fail(error.errno(), &self.waiters))
+            }
             Durability::Volatile => Ok(()),
             Durability::ReadOnly => Err(Error::ReadOnly),
         }
