@@ -40,6 +40,22 @@ pub const DRIVE_JOBS: &[DriveJob] = &[
         files: &[],
     },
     DriveJob {
+        name: "host-device-errors",
+        about: "bad media, dead zones, devices that go away: told apart, and nothing hangs",
+        minutes: 10,
+        script: include_str!("../guest/host-device-errors.sh"),
+        shows: false,
+        files: &[],
+    },
+    DriveJob {
+        name: "host-device-bench",
+        about: "writes and appends on null_blk against fio, a table",
+        minutes: 10,
+        script: include_str!("../guest/host-device-bench.sh"),
+        shows: true,
+        files: &[],
+    },
+    DriveJob {
         name: "iotest-zoned",
         about: "QEMU's iotest on null_blk, by zbdkit io and by QEMU's own qemu-io",
         minutes: 10,
@@ -59,6 +75,9 @@ pub const DRIVE_JOBS: &[DriveJob] = &[
 
 /// The tag by which a guest mounts the tree with QEMU's tools, where they are in one of ours.
 const QEMU_SHARE: &str = "qemu";
+
+/// What their scripts have in common.
+const LIBRARY: &str = include_str!("../guest/drives.sh");
 
 const NAMES: [&str; 2] = ["zbdkit", "zbdkit-drive"];
 
@@ -109,7 +128,8 @@ impl DriveJob {
         }
         let drive = share.join("nvme.raw");
         std::fs::File::create(&drive)?.set_len(64 << 20)?;
-        let mut guest = Guest::new(rig, self.name, self.script);
+        let mut guest = Guest::new(rig, self.name, &format!("{LIBRARY}\n{}", self.script));
+        guest.memory = 3072;
         guest.timeout = Duration::from_secs(self.minutes * 60);
         guest.stream = verbose || self.shows;
         guest.share = Some(share.to_owned());

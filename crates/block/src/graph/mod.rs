@@ -244,6 +244,9 @@ impl Opener<'_> {
         if let Some(format) = self.options.format {
             return Ok(format);
         }
+        if self.is_block_device(path)? {
+            return Ok(ImageFormat::Raw);
+        }
         let sidecar = self.host.exists(&default_sidecar(path));
         let node = self.open_file(&self.image_at(path).file)?;
         let is_ours = node.file().is_some_and(|file| self.host.image_id(file).is_some());

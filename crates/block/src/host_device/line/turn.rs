@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use zbdkit_io::{IoBuf, spawn};
 use zbdkit_zone::rules::Writable;
 use zbdkit_zone::{Condition, ZoneInfo, ZoneNo};
@@ -206,6 +207,7 @@ impl Turn {
         };
         let failure = self.lines.explain("write", errno_of(&error));
         let Ok(info) = self.report().await else {
+            let failure = gone(failure);
             run.end(|_| Err(failure.clone()));
             return Known {
                 fresh: false,
@@ -355,6 +357,17 @@ impl Drop for Append {
         if let Some(next) = next {
             next.call();
         }
+    }
+}
+
+/// What a write's failure means if there is no report either: the kernel has no space on a disk that was removed.
+fn gone(failure: Error) -> Error {
+    match failure {
+        Error::Io { op, errno } if errno == Errno::NOSPC.raw_os_error() => Error::Io {
+            op,
+            errno: Errno::NODEV.raw_os_error(),
+        },
+        failure => failure,
     }
 }
 

@@ -60,22 +60,16 @@ fn fio(path: &Path, zones: u32, depth: u32, time: Duration) -> Result<f64> {
             "--rw=write",
             "--thread=1",
         ])
-        .args([
-            "--group_reporting=1",
-            "--time_based=1",
-            "--reset_before_write=0",
-            "--zone_reset_threshold=0.9",
-        ]);
+        .args(["--group_reporting=1", "--time_based=1"]);
     fio.arg(format!("--bs={BLOCK}"))
         .arg(format!("--runtime={}", time.as_secs()));
     fio.arg(format!("--iodepth={}", depth.div_ceil(zones)));
     fio.arg(format!("--filename={}", path.display()));
-    let each = 1 + (geometry.nr_zones() - geometry.nr_conventional()) / zones.max(8);
     for n in 0..zones {
-        let first = geometry.nr_conventional() + n * (each - 1);
+        let zone = ZoneNo(geometry.nr_conventional() + n);
         fio.arg(format!("--name=zone{n}"))
-            .arg(format!("--offset={}", geometry.start(ZoneNo(first))))
-            .arg(format!("--size={}", u64::from(each - 1) * geometry.zone_size()));
+            .arg(format!("--offset={}", geometry.start(zone)))
+            .arg(format!("--size={}", geometry.zone_size()));
     }
     let output = fio.output().context("fio")?;
     ensure!(

@@ -89,7 +89,7 @@ fn run(verb: Verb) -> Result<()> {
         }
         Verb::Steps { device: path, door } => {
             let subject = Subject::open(&runtime, &path, door.as_deref())?;
-            runtime.block_on(steps::run(&subject.device, std::io::stdin().lock()))
+            runtime.block_on(steps::run(&subject.device, &path, std::io::stdin().lock()))
         }
         Verb::Flood { device, command } => {
             let subject = Subject::open(&runtime, &device, None)?;

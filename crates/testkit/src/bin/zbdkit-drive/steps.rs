@@ -6,21 +6,24 @@
 //! | `open`, `close`, `finish`, `reset` `ZONE` | |
 //! | `reset-all`, `flush` | |
 //! | `zone ZONE` | its condition, and the pointer from its start |
-//! | `sh COMMAND` | what somebody else does meanwhile |
+//! | `behind reset ZONE`, `behind finish ZONE` | what somebody else does, who takes no notice of O_EXCL |
+//! | `sh COMMAND` | the same, with a command |
 //!
 //! The result is `ok`, with the offset from the zone's start for an append, or the error's name as in the code. It must begin
 //! with what is expected.
 
 use std::io::BufRead;
+use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
-use zbdkit_block::{CrossZone, Device, Error, Lane, ZoneOp};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use zbdkit_block::host_device::{BlockDrive, Drive, DriveFacts, block_facts};
+use zbdkit_block::{CrossZone, Device, Error, FileOptions, Host, Lane, LockMode, OsHost, ZoneOp};
 use zbdkit_io::IoBuf;
 use zbdkit_zone::{CloseEmpty, Filter, Geometry};
 
 /// Carries out the lines.
-pub async fn run(device: &Device, lines: impl BufRead) -> Result<()> {
+pub async fn run(device: &Device, path: &Path, lines: impl BufRead) -> Result<()> {
     let geometry = device.limits().zoned.context("no zones")?;
     let lane = device.lane(8);
     let mut count = 0;
@@ -34,7 +37,10 @@ pub async fn run(device: &Device, lines: impl BufRead) -> Result<()> {
             .rsplit_once("=>")
             .with_context(|| format!("{line:?}: what is expected?"))?;
         let (command, expected) = (command.trim(), expected.trim());
-        let got = step(device, &lane, &geometry, command).await?;
+        let got = match command.strip_prefix("behind ") {
+            Some(command) => behind(path, &geometry, command).await?,
+            None => step(device, &lane, &geometry, command).await?,
+        };
         println!("{command} => {got}");
         ensure!(
             got.starts_with(expected),
@@ -93,6 +99,35 @@ async fn step(device: &Device, lane: &Lane, geometry: &Geometry, command: &str) 
         },
         _ => bail!("{command:?} is no command"),
     })
+}
+
+/// Changes a zone past everything that knows of it.
+async fn behind(path: &Path, geometry: &Geometry, command: &str) -> Result<String> {
+    let (op, zone) = command.split_once(' ').context("behind what?")?;
+    let op = match op {
+        "reset" => ZoneOp::Reset,
+        "finish" => ZoneOp::Finish,
+        _ => bail!("behind {command:?} is no command"),
+    };
+    let facts = block_facts(&OsHost, path)?.context("no block device")?;
+    let options = FileOptions {
+        lock: LockMode::None,
+        ..FileOptions::existing(false)
+    };
+    let file = OsHost
+        .open(path, &options)
+        .map_err(|error| anyhow!("{error:?}"))?;
+    let facts = DriveFacts {
+        path: path.to_owned(),
+        size: facts.size,
+        block_size: facts.logical_block_size,
+        read_only: false,
+        zones: facts.zones.context("no zones")?,
+    };
+    let size = geometry.zone_size();
+    let start = zone.parse::<u64>()? * size;
+    let done = BlockDrive::new(facts, file).zone_op(op, start, size).await;
+    Ok(done.map_or_else(name, |()| "ok".into()))
 }
 
 /// The error as the code names it, with what it carries.
