@@ -1,5 +1,4 @@
 # zbdkit list and zbdkit check on real zoned devices, free and in use: what they show is what the kernel's own tools show.
-install -D -t /usr/local/bin /share/zbdkit || fail "no zbdkit"
 DEV=/dev/nullb0 SIZE_MB=512 ZONE_MB=16 CAPACITY_MB=12 CONVENTIONAL=4 MAX_OPEN=6 MAX_ACTIVE=8 SECTOR_BYTES=4096
 zonefs=/mnt
 
@@ -117,8 +116,7 @@ esac
 run rmmod scsi_debug
 
 echo "== an NVMe namespace"
-modprobe nvme && udevadm settle
-for ((i = 0; i < 50; i++)); do [ -b /dev/nvme0n1 ] && break || udevadm settle; done
+nvme
 figures /dev/nvme0n1
 expect "character device" /dev/ng0n1 "$(shown /dev/nvme0n1 nvme_generic)"
 usable /dev/nvme0n1

@@ -1,7 +1,6 @@
 # The steps of QEMU's iotest "zoned" on null_blk, by zbdkit io and by QEMU's own qemu-io, each on a new device: both must
 # print what the transcript says: it has "> COMMAND" lines and answers, one run of the program for each command.
 # QEMU_SHARE names the directory with QEMU's tools, if there is one.
-install -D -t /usr/local/bin /share/zbdkit || fail "no zbdkit"
 transcript=/share/zoned.transcript
 DEV=/dev/nullb0 SIZE_MB=256000 ZONE_MB=256 CONVENTIONAL=0 MAX_OPEN=0 MAX_ACTIVE=0 SECTOR_BYTES=512
 image=driver=host_device,filename=$DEV
