@@ -70,7 +70,7 @@ const ZONED: &str = include_str!("../../crates/zbdkit/tests/cli/iotests/zoned.tr
 /// All of them.
 pub const DRIVE_JOBS: &[DriveJob] = &[
     DriveJob {
-        name: "host-device",
+        name: "host-device-suites",
         about: "the suites on null_blk, scsi_debug and NVMe, straight and through a door; what is refused",
         minutes: 10,
         script: include_str!("../guest/host-device.sh"),
