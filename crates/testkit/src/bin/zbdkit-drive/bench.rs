@@ -21,7 +21,7 @@ enum Way {
 
 /// Measures and prints a table.
 pub fn run(runtime: &Runtime, path: &Path, time: Duration) -> Result<()> {
-    println!("4 KiB writes in sequence; MiB/s, zbdkit against fio (io_uring, direct)");
+    println!("4 KiB writes in sequence; MiB/s, zbdkit against fio (io_uring, direct, or by NVMe commands)");
     println!(
         "{:>6} {:>6} {:>10} {:>10} {:>10} {:>8} {:>8}",
         "zones", "depth", "fio", "write", "append", "w/fio", "a/fio"
@@ -53,13 +53,11 @@ fn fio(path: &Path, zones: u32, depth: u32, time: Duration) -> Result<f64> {
     let geometry = kernel_geometry(path)?;
     let mut fio = Command::new("fio");
     fio.arg("--output-format=json")
-        .args([
-            "--ioengine=io_uring",
-            "--direct=1",
-            "--zonemode=zbd",
-            "--rw=write",
-            "--thread=1",
-        ])
+        .args(match is_namespace(path) {
+            true => ["--ioengine=io_uring_cmd", "--cmd_type=nvme"],
+            false => ["--ioengine=io_uring", "--direct=1"],
+        })
+        .args(["--zonemode=zbd", "--rw=write", "--thread=1"])
         .args(["--group_reporting=1", "--time_based=1"]);
     fio.arg(format!("--bs={BLOCK}"))
         .arg(format!("--runtime={}", time.as_secs()));
@@ -85,9 +83,27 @@ fn fio(path: &Path, zones: u32, depth: u32, time: Duration) -> Result<f64> {
 }
 
 fn reset(path: &Path) -> Result<()> {
-    let status = Command::new("blkzone").arg("reset").arg(path).status()?;
-    ensure!(status.success(), "blkzone reset");
+    let mut tool = match is_namespace(path) {
+        true => Command::new("nvme"),
+        false => Command::new("blkzone"),
+    };
+    match is_namespace(path) {
+        true => tool.args(["zns", "reset-zone", "--select-all"]),
+        false => tool.arg("reset"),
+    };
+    let output = tool.arg(path).output()?;
+    ensure!(
+        output.status.success(),
+        "{tool:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(())
+}
+
+/// Whether it is the character device of an NVMe namespace.
+fn is_namespace(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().starts_with("ng")
 }
 
 fn kernel_geometry(path: &Path) -> Result<Geometry> {
