@@ -65,7 +65,7 @@ const AS_SIMULATED: Nvme = Nvme {
 /// All of them.
 pub const DRIVE_JOBS: &[DriveJob] = &[
     DriveJob {
-        name: "host-device",
+        name: "host-device-suites",
         about: "the suites on null_blk, scsi_debug and NVMe, straight and through a door; what is refused",
         minutes: 10,
         script: include_str!("../guest/host-device.sh"),

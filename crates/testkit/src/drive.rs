@@ -114,6 +114,13 @@ impl FakeDrive {
         }
     }
 
+    /// It says that writes to its sequential zones are multiples of so many bytes.
+    #[must_use]
+    pub fn with_granularity(mut self, bytes: u32) -> FakeDrive {
+        self.facts.zones.write_granularity = bytes;
+        self
+    }
+
     /// What it was sent so far.
     pub fn sent(&self) -> Sent {
         self.disk.state().sent

@@ -4,9 +4,10 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
+use zbdkit_io::File;
 
 use super::blockdev::BlockDrive;
 use super::drive::{Drive, DriveFacts};
@@ -74,10 +75,7 @@ impl HostDevice {
             lock_wait: self.lock_wait,
             ..FileOptions::existing(self.read_only)
         };
-        let file = host.open(path, &options).map_err(|error| match busy(&error) {
-            true => OpenError::data(path, held(&found)),
-            false => host_error(path, "cannot be opened", error),
-        })?;
+        let file = self.open_file(host, &options, &found).await?;
         let Some(zones) = facts.zones else {
             let node = FileNode::host_device(file, facts.logical_block_size, self.read_only);
             let node = node.map_err(|e| OpenError::file(path, "cannot be looked at", e))?;
@@ -95,6 +93,28 @@ impl HostDevice {
             false => Arc::new(BlockDrive::new(about, file)),
         };
         Ok(Arc::new(HostDeviceNode::open(drive).await?))
+    }
+}
+
+impl HostDevice {
+    /// Opens the file, and waits a little for somebody who is on the way out: a ring of the kernel's lets go of a device some
+    /// time after the process that had it has ended.
+    async fn open_file(
+        &self,
+        host: &dyn Host,
+        options: &FileOptions,
+        users: &[User],
+    ) -> Result<File, OpenError> {
+        let path = self.path.as_path();
+        let deadline = Instant::now() + self.lock_wait;
+        loop {
+            match host.open(path, options) {
+                Ok(file) => return Ok(file),
+                Err(error) if !busy(&error) => return Err(host_error(path, "cannot be opened", error)),
+                Err(_) if Instant::now() >= deadline => return Err(OpenError::data(path, held(users))),
+                Err(_) => zbdkit_io::sleep(Duration::from_millis(20)).await,
+            }
+        }
     }
 }
 

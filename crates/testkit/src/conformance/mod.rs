@@ -183,8 +183,10 @@ impl Subject<'_> {
         }
     }
 
+    /// The least that can be written to a sequential zone, bytes.
     fn block(&self) -> u64 {
-        self.geometry.block_size().into()
+        let limits = self.device.limits();
+        limits.write_granularity.max(limits.block_size).into()
     }
 
     /// The sequential zone number `n`.

@@ -212,12 +212,12 @@ pub async fn errors(s: &Subject<'_>) -> Outcome {
     if block > 512 {
         refused!(
             s.write(start, block / 2, 1).await,
-            Error::Unaligned { .. },
+            Error::Unaligned { .. } | Error::Zone(ZoneError::Unaligned { .. }),
             "a write of half a block"
         );
         refused!(
             s.write(start + block / 2, block, 1).await,
-            Error::Unaligned { .. },
+            Error::Unaligned { .. } | Error::Zone(ZoneError::Unaligned { .. }),
             "a write at half a block"
         );
     }

@@ -236,9 +236,10 @@ impl Turn {
         Known { fresh: true, alone }
     }
 
-    /// The first in line cannot be served.
+    /// The first in line cannot be served, if it is still one of this thread.
     fn refuse_first(&self, error: Error) {
-        let entry = self.zone().line().waiting.pop_front();
+        let ours = |first: &mut Entry| first.thread == this_thread();
+        let entry = self.zone().line().waiting.pop_front_if(ours);
         if let Some(entry) = entry {
             if let Wants::Write { buf, .. } = entry.wants {
                 take(buf);
