@@ -22,7 +22,7 @@ enum Way {
 /// Measures and prints a table.
 pub fn run(runtime: &Runtime, path: &Path, time: Duration) -> Result<()> {
     let geometry = runtime.block_on(async { super::open(path).await?.limits().zoned.context("no zones") })?;
-    println!("4 KiB writes in sequence; MiB/s, zbdkit against fio (io_uring, direct)");
+    println!("4 KiB writes in sequence; MiB/s, zbdkit against fio (io_uring, direct, or by NVMe commands)");
     println!(
         "{:>6} {:>6} {:>10} {:>10} {:>10} {:>8} {:>8}",
         "zones", "depth", "fio", "write", "append", "w/fio", "a/fio"
@@ -56,13 +56,11 @@ pub fn run(runtime: &Runtime, path: &Path, time: Duration) -> Result<()> {
 fn fio(path: &Path, geometry: &Geometry, zones: u32, depth: u32, time: Duration) -> Result<f64> {
     let mut fio = Command::new("fio");
     fio.arg("--output-format=json")
-        .args([
-            "--ioengine=io_uring",
-            "--direct=1",
-            "--zonemode=zbd",
-            "--rw=write",
-            "--thread=1",
-        ])
+        .args(match is_namespace(path) {
+            true => ["--ioengine=io_uring_cmd", "--cmd_type=nvme"],
+            false => ["--ioengine=io_uring", "--direct=1"],
+        })
+        .args(["--zonemode=zbd", "--rw=write", "--thread=1"])
         .args(["--group_reporting=1", "--time_based=1"]);
     fio.arg(format!("--bs={BLOCK}"))
         .arg(format!("--runtime={}", time.as_secs()));
@@ -89,14 +87,24 @@ fn fio(path: &Path, geometry: &Geometry, zones: u32, depth: u32, time: Duration)
 
 /// Resets all zones; blkzone wants the device for itself, of which the ring lets go in its own time.
 fn reset(runtime: &Runtime, path: &Path) -> Result<()> {
+    let (tool, arguments) = match is_namespace(path) {
+        true => ("nvme", &["zns", "reset-zone", "--select-all"][..]),
+        false => ("blkzone", &["reset"][..]),
+    };
     for _ in 0..250 {
-        let output = Command::new("blkzone").arg("reset").arg(path).output()?;
+        let output = Command::new(tool).args(arguments).arg(path).output()?;
         if output.status.success() {
             return Ok(());
         }
         runtime.block_on(zbdkit_io::sleep(Duration::from_millis(20)));
     }
-    bail!("blkzone reset fails");
+    bail!("{tool} does not reset the zones");
+}
+
+/// Whether it is the character device of an NVMe namespace.
+fn is_namespace(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().starts_with("ng")
 }
 
 /// MiB a second through the block layer: `depth` requests under way, dealt over `zones` zones.
