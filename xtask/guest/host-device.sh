@@ -29,6 +29,18 @@ told "whole zones" zbdkit io -n --image-opts driver=raw,offset=4096,$below -c 'z
 run zbdkit io -n --image-opts driver=raw,offset=8M,size=8M,$below -c 'zap -p 0 4k 4k' -c 'zrp 0 2'
 expect "zone 2 of the drive" "16 oi" "$(ZONE_MB=4 DEV=/dev/nullb0 zone 2)"
 
+echo "== the verbs on a drive"
+run zbdkit info /dev/nullb0
+run zbdkit finish /dev/nullb0 --zone 5
+expect "zone 5" fu "$(ZONE_MB=4 DEV=/dev/nullb0 zone 5 | cut -d' ' -f2)"
+run zbdkit open /dev/nullb0 --zone 6
+expect "zone 6" "0 oe" "$(ZONE_MB=4 DEV=/dev/nullb0 zone 6)"
+run zbdkit close /dev/nullb0 --zone 6
+expect "zone 6" "0 em" "$(ZONE_MB=4 DEV=/dev/nullb0 zone 6)"
+run zbdkit reset /dev/nullb0 --all
+expect "empty zones" 14 "$(blkzone report /dev/nullb0 | grep -c '(em)')"
+expect "reports that differ" "" "$(diff <(zbdkit report /dev/nullb0) <(blkzone report /dev/nullb0))"
+
 echo "== what is not opened, and why"
 told "requires cache.direct=on" zbdkit report --image-opts driver=host_device,filename=/dev/nullb0
 told "driver=host_device" zbdkit report --image-opts driver=file,filename=/dev/nullb0

@@ -21,8 +21,8 @@ pub struct DriveJob {
     pub about: &'static str,
     minutes: u64,
     script: &'static str,
-    /// Its output is what it is for.
-    shows: bool,
+    /// Its output is what it is for, so it runs only if it is named.
+    pub shows: bool,
     /// Files that it finds in its share, by name.
     files: &'static [(&'static str, &'static str)],
     /// QEMU's NVMe drive.

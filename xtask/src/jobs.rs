@@ -288,6 +288,7 @@ impl Test {
         let drives: Vec<&DriveJob> = DRIVE_JOBS
             .iter()
             .filter(|job| !self.fast && self.device == Device::Zbdkit && wanted(job.name))
+            .filter(|job| !job.shows || self.filter.is_some())
             .collect();
         if !drives.is_empty() {
             heading("Drives of the guest's own kernel");

@@ -1,5 +1,7 @@
 //! Writes arrive in order, from however many threads, and zones do not wait for each other.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use zbdkit_block::{Request, ZoneOp};
 use zbdkit_zone::{Condition, Filter};
 
@@ -157,4 +159,37 @@ fn a_reset_of_all_zones_waits_for_their_writes() {
         );
         append(device, lane, FIRST, BLOCK, 2).await.unwrap();
     });
+}
+
+#[test]
+fn a_write_of_another_thread_waits_for_the_one_under_way() {
+    let drive = drive(false, 8);
+    let in_line = Arc::new(AtomicBool::new(false));
+    with(&drive, async |device, lane| {
+        drive.hold(Some(FIRST));
+        let mut first = pin!(write(device, lane, START, BLOCK, 1));
+        assert!(begin(&mut first).await.is_none());
+        until(|| drive.is_writing(FIRST)).await;
+        let (theirs, told) = (device.clone(), in_line.clone());
+        let other = std::thread::spawn(move || {
+            runtime().block_on(async {
+                let lane = theirs.lane(8);
+                let mut second = pin!(write(&theirs, &lane, START + BLOCK, BLOCK, 2));
+                assert!(begin(&mut second).await.is_none());
+                told.store(true, Ordering::SeqCst);
+                let result = second.await;
+                lane.quiet().await;
+                result
+            })
+        });
+        until(|| in_line.load(Ordering::SeqCst)).await;
+        for _ in 0..100 {
+            yield_now().await;
+        }
+        assert_eq!(drive.sent().writes, 1);
+        drive.hold(None);
+        first.await.unwrap();
+        other.join().unwrap().unwrap();
+    });
+    assert_eq!((drive.sent().writes, drive.sent().most_in_zone), (2, 1));
 }
