@@ -85,7 +85,7 @@ pub enum IoCommand {
     ZoneSend {
         /// First block of the zone.
         start: u64,
-        /// What to do.
+        /// What to do, as the host wrote it.
         action: SendAction,
         /// For all zones that it can be done to.
         all: bool,
@@ -98,9 +98,9 @@ pub enum IoCommand {
         start: u64,
         /// Bytes of the report.
         len: u64,
-        /// With descriptor extensions.
-        extended: bool,
-        /// Which zones.
+        /// What to report, as the host wrote it.
+        action: ReceiveAction,
+        /// Which zones, as the host wrote it.
         filter: ReportFilter,
         /// The number of zones is that of the descriptors.
         partial: bool,
@@ -121,7 +121,7 @@ impl IoCommand {
             count: u32::from(rw.nlb_z()) + 1,
         };
         let fua = rw.fua();
-        if let Some(command) = parse_zoned(entry, blocks)? {
+        if let Some(command) = parse_zoned(entry, blocks) {
             return Ok(command);
         }
         Ok(match Opcode(entry.opcode) {
@@ -154,46 +154,34 @@ impl IoCommand {
     }
 }
 
-fn parse_zoned(entry: &SubmissionEntry, blocks: Blocks) -> Result<Option<IoCommand>, Status> {
+fn parse_zoned(entry: &SubmissionEntry, blocks: Blocks) -> Option<IoCommand> {
     let start = blocks.start;
-    Ok(Some(match zns::Opcode(entry.opcode) {
+    Some(match zns::Opcode(entry.opcode) {
         zns::Opcode::ZONE_APPEND => IoCommand::Append {
             blocks,
             fua: AppendCdw12::from_bits(entry.cdw12.get()).fua(),
         },
         zns::Opcode::ZONE_MANAGEMENT_SEND => {
             let send = SendCdw13::from_bits(entry.cdw13.get());
-            let action = SendAction(send.zsa());
-            if action.name().is_none() {
-                return Err(Status::INVALID_FIELD);
-            }
             IoCommand::ZoneSend {
                 start,
-                action,
+                action: SendAction(send.zsa()),
                 all: send.select_all(),
                 option: send.zsaso(),
             }
         }
         zns::Opcode::ZONE_MANAGEMENT_RECEIVE => {
             let receive = ReceiveCdw13::from_bits(entry.cdw13.get());
-            let filter = ReportFilter(receive.zrasf());
-            if filter.name().is_none() {
-                return Err(Status::INVALID_FIELD);
-            }
             IoCommand::ZoneReceive {
                 start,
                 len: (u64::from(entry.cdw12.get()) + 1) * 4,
-                extended: match ReceiveAction(receive.zra()) {
-                    ReceiveAction::REPORT => false,
-                    ReceiveAction::EXTENDED_REPORT => true,
-                    _ => return Err(Status::INVALID_FIELD),
-                },
-                filter,
+                action: ReceiveAction(receive.zra()),
+                filter: ReportFilter(receive.zrasf()),
                 partial: receive.partial(),
             }
         }
-        _ => return Ok(None),
-    }))
+        _ => return None,
+    })
 }
 
 /// What every command has: no fused operations, and a data pointer of a kind that there is.

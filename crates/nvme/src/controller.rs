@@ -16,7 +16,7 @@ use crate::error_log::ErrorLog;
 use crate::events::Events;
 use crate::features::Values;
 use crate::namespace::Namespace;
-use crate::stats::{QueueStats, Totals};
+use crate::stats::{QueueStats, Stats, Totals};
 use crate::status::Failure;
 use crate::subsystem::Subsystem;
 use crate::zones::close_all;
@@ -86,7 +86,7 @@ pub struct Controller {
     css: AtomicU8,
     /// Whether there is a volatile write cache: else each write is durable before it completes.
     pub(crate) write_cache: AtomicBool,
-    stats: Mutex<Vec<Arc<QueueStats>>>,
+    stats: Mutex<Stats>,
     errors: Mutex<ErrorLog>,
     pub(crate) events: Events,
     features: Mutex<Values>,
@@ -367,18 +367,12 @@ impl Controller {
 
     /// Counters for a queue.
     pub(crate) fn new_stats(&self) -> Arc<QueueStats> {
-        let stats = Arc::new(QueueStats::default());
-        let mut all = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
-        all.push(stats.clone());
-        stats
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner).queue()
     }
 
-    /// What all queues have counted.
+    /// What all queues have counted, those included that are gone.
     pub(crate) fn totals(&self) -> Totals {
-        let mut totals = Totals::default();
-        let all = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
-        all.iter().for_each(|stats| totals.add(stats));
-        totals
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner).totals()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

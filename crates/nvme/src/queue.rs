@@ -237,10 +237,10 @@ impl<T: Transfer> Request<'_, T> {
             IoCommand::ZoneReceive {
                 start,
                 len,
-                extended,
+                action,
                 filter,
                 partial,
-            } => self.zone_receive(start, len, extended, filter, partial).await,
+            } => self.zone_receive(start, len, action, filter, partial).await,
             IoCommand::Read { .. } | IoCommand::Write { .. } | IoCommand::Append { .. } => {
                 unreachable!("carried out by `run`")
             }

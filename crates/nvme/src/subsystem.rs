@@ -1,5 +1,6 @@
 //! An NVM subsystem: namespaces, and what its controllers have in common.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use uuid::{Builder, Uuid};
@@ -45,13 +46,7 @@ pub const MAX_NAMESPACES: usize = 1024;
 pub struct Subsystem {
     pub(crate) options: SubsystemOptions,
     namespaces: Box<[Namespace]>,
-    controllers: Mutex<Controllers>,
-}
-
-#[derive(Default)]
-struct Controllers {
-    next: u16,
-    alive: Vec<Weak<Controller>>,
+    controllers: Mutex<Vec<Weak<Controller>>>,
 }
 
 impl Subsystem {
@@ -120,29 +115,27 @@ impl Subsystem {
         (1..).zip(&self.namespaces)
     }
 
-    /// Takes a controller in, made with its identifier.
+    /// Takes a controller in, made with the least identifier that is free.
     pub(crate) fn admit(&self, make: impl FnOnce(u16) -> Controller) -> Arc<Controller> {
         let mut controllers = self.controllers();
-        controllers
-            .alive
-            .retain(|controller| controller.strong_count() > 0);
-        let controller = Arc::new(make(controllers.next));
-        // Identifiers from FFF0h are not for static controllers.
-        controllers.next = (controllers.next + 1) % 0xfff0;
-        controllers.alive.push(Arc::downgrade(&controller));
+        controllers.retain(|controller| controller.strong_count() > 0);
+        let taken: BTreeSet<u16> = controllers
+            .iter()
+            .filter_map(Weak::upgrade)
+            .map(|other| other.id())
+            .collect();
+        let id = (0..u16::MAX).find(|id| !taken.contains(id)).unwrap_or(u16::MAX);
+        let controller = Arc::new(make(id));
+        controllers.push(Arc::downgrade(&controller));
         controller
     }
 
     /// The controllers that there are.
     pub(crate) fn alive(&self) -> Vec<Arc<Controller>> {
-        self.controllers()
-            .alive
-            .iter()
-            .filter_map(Weak::upgrade)
-            .collect()
+        self.controllers().iter().filter_map(Weak::upgrade).collect()
     }
 
-    fn controllers(&self) -> MutexGuard<'_, Controllers> {
+    fn controllers(&self) -> MutexGuard<'_, Vec<Weak<Controller>>> {
         self.controllers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -6,7 +6,8 @@ use zbdkit_block::{Device, Lane, ZoneOp};
 use zbdkit_io::yield_now;
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::zns::{
-    ReportFilter, ReportHeader, SendAction, StateByte, TypeByte, ZoneDescriptor, ZoneState, ZoneType,
+    ReceiveAction, ReportFilter, ReportHeader, SendAction, StateByte, TypeByte, ZoneDescriptor, ZoneState,
+    ZoneType,
 };
 use zbdkit_zone::{CloseEmpty, Condition, Filter, ZoneInfo};
 use zerocopy::{FromZeros, IntoBytes};
@@ -103,15 +104,15 @@ impl<T: Transfer> Request<'_, T> {
         &self,
         start: u64,
         len: u64,
-        extended: bool,
+        action: ReceiveAction,
         filter: ReportFilter,
         partial: bool,
     ) -> Result<u64, Failure> {
         let (namespace, ..) = self.zoned_namespace()?;
         let len = self.transfer_len(len)?;
         let header_len = size_of::<ReportHeader>();
-        // There are no descriptor extensions to extend a report with.
-        if extended || len < header_len {
+        // There are no descriptor extensions, so no extended report.
+        if action != ReceiveAction::REPORT || filter.name().is_none() || len < header_len {
             return Err(Status::INVALID_FIELD.into());
         }
         let (start, _) = namespace.bytes(Blocks { start, count: 1 })?;
@@ -236,7 +237,7 @@ fn shows(filter: ReportFilter, condition: Condition) -> bool {
         ReportFilter::FULL => Condition::Full,
         ReportFilter::READ_ONLY => Condition::ReadOnly,
         ReportFilter::OFFLINE => Condition::Offline,
-        // All; the others are refused by the parser.
+        // All; the others were refused.
         _ => return true,
     };
     condition == wanted

@@ -274,7 +274,7 @@ fn deallocated_blocks_read_as_zeros() {
 /// Copy of these ranges.
 fn copy(host: &Host, nsid: u32, to: u64, ranges: &[(u64, u32)], format: u32) -> Status {
     let mut command = rw(Opcode::COPY.0, nsid, to, 1);
-    command.cdw12 = (ranges.len() as u32 - 1 | format << 8).into();
+    command.cdw12 = ((ranges.len() as u32 - 1) | (format << 8)).into();
     let mut data = Vec::new();
     for (slba, count) in ranges {
         let mut range = CopyRange::new_zeroed();
@@ -395,14 +395,13 @@ fn a_read_only_namespace_takes_no_changes() {
 
 #[test]
 fn blocks_of_4096_bytes_are_shown_as_such() {
-    let host = Host::over(&[(
-        "driver=memory,size=8M,block_size=4096",
-        NamespaceOptions::default(),
-    )]);
+    let graph =
+        "driver=zoned,file.driver=memory,file.size=8M,block_size=4096,zone.size=1M,zone.max_append_bytes=64k";
+    let host = Host::over(&[(graph, NamespaceOptions::default())]);
     let namespace = host.subsystem.namespace(1).unwrap();
     assert_eq!((namespace.block_shift(), namespace.blocks()), (12, 2048));
     let data = pattern(0, 16);
-    assert_eq!(host.send(rw(Opcode::WRITE.0, 1, 3, 2), &data), Status::SUCCESS);
-    assert!(host.read(1, 3, 2) == data);
+    assert_eq!(host.send(rw(Opcode::WRITE.0, 1, 256, 2), &data), Status::SUCCESS);
+    assert!(host.read(1, 256, 2) == data);
     assert_eq!(host.ask(host::identify(0, 1, 0))[130], 12);
 }

@@ -20,7 +20,7 @@ use crate::features::{FEATURES, TEMPERATURE, traits};
 use crate::status::Failure;
 
 /// The pages that there are.
-const PAGES: [LogId; 8] = [
+const PAGES: [LogId; 9] = [
     LogId::SUPPORTED_LOG_PAGES,
     LogId::ERROR_INFORMATION,
     LogId::SMART,
@@ -28,6 +28,7 @@ const PAGES: [LogId; 8] = [
     LogId::CHANGED_NAMESPACES,
     LogId::COMMANDS_SUPPORTED_AND_EFFECTS,
     LogId::FEATURES_SUPPORTED_AND_EFFECTS,
+    LogId::MI_COMMANDS_SUPPORTED_AND_EFFECTS,
     LogId::CHANGED_ZONES,
 ];
 
@@ -48,6 +49,8 @@ impl Controller {
             LogId::CHANGED_NAMESPACES => self.changed_namespaces(log.retain_event),
             LogId::COMMANDS_SUPPORTED_AND_EFFECTS => self.command_effects(log.csi)?,
             LogId::FEATURES_SUPPORTED_AND_EFFECTS => feature_effects(),
+            // There are no such commands.
+            LogId::MI_COMMANDS_SUPPORTED_AND_EFFECTS => vec![0; EFFECTS_BYTES],
             LogId::CHANGED_ZONES => self.changed_zones(log)?,
             _ => return Err(Status::INVALID_LOG_PAGE.into()),
         };

@@ -14,6 +14,7 @@ open_enum! {
         CHANGED_NAMESPACES = 0x04,
         COMMANDS_SUPPORTED_AND_EFFECTS = 0x05,
         FEATURES_SUPPORTED_AND_EFFECTS = 0x12,
+        MI_COMMANDS_SUPPORTED_AND_EFFECTS = 0x13,
         /// Of zoned namespaces.
         CHANGED_ZONES = 0xbf,
     }
