@@ -19,7 +19,7 @@ use crate::namespace::Namespace;
 use crate::stats::{QueueStats, Stats, Totals};
 use crate::status::Failure;
 use crate::subsystem::Subsystem;
-use crate::zones::close_all;
+use crate::zones::settle;
 
 /// What a transport makes of a controller.
 #[derive(Clone, Debug)]
@@ -226,15 +226,19 @@ impl Controller {
         };
     }
 
-    /// Makes everything durable, and closes all open zones if no other controller may be using them; CSTS says so
-    /// afterwards. A failure of a namespace leaves nothing to be done here: what it means is what the next flush would
-    /// have said.
+    /// Makes everything durable; CSTS says so afterwards. With the last controller of the subsystem that is shut down, no
+    /// zone stays open (ZNS 1.2, 2.1.1.3). A failure of a namespace leaves nothing to be done here: what it means is
+    /// what the next flush would have said.
     pub async fn shut_down(&self) {
-        let alone = self.subsystem.alive().len() == 1;
+        let others = self.subsystem.alive();
+        let last = others
+            .iter()
+            .filter(|other| other.id != self.id)
+            .all(|other| !other.is_running());
         for namespace in self.subsystem.namespaces() {
             let lane = namespace.device.lane(1);
             let closed = match namespace.zones() {
-                Some(_) if alone => close_all(namespace, &lane).await,
+                Some(_) if last => settle(namespace, &lane).await,
                 _ => Ok(()),
             };
             if let Err(failure) = closed.and(namespace.flush(&lane).await) {
@@ -242,6 +246,12 @@ impl Controller {
             }
         }
         self.state().csts.set_shst(SHST_COMPLETE);
+    }
+
+    /// Enabled and not shut down.
+    fn is_running(&self) -> bool {
+        let state = self.state();
+        state.cc.en() && state.csts.shst() != SHST_COMPLETE
     }
 
     /// Most data of a command, bytes.

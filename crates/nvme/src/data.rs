@@ -10,6 +10,7 @@ use crate::command::Blocks;
 use crate::queue::Request;
 use crate::status::{Failure, Kind, failure};
 use crate::transport::{Direction, Transfer};
+use crate::zones::check_online;
 
 /// Bytes that Compare and Verify read at a time.
 const STEP: usize = 64 << 10;
@@ -102,12 +103,17 @@ impl<T: Transfer> Request<'_, T> {
         let mut wanted = Vec::with_capacity(ranges.into());
         for range in data.chunks_exact(size_of::<DsmRange>()) {
             let range = DsmRange::read_from_bytes(range).map_err(|_| Status::INTERNAL_ERROR)?;
-            wanted.push(namespace.bytes(Blocks {
+            let blocks = Blocks {
                 start: range.slba.get(),
                 count: range.length.get(),
-            })?);
+            };
+            let range = namespace.bytes(blocks)?;
+            wanted.extend((blocks.count != 0).then_some(range));
         }
         if namespace.zones().is_some() {
+            for (offset, len) in wanted {
+                check_online(namespace, offset, len).await?;
+            }
             return Ok(0);
         }
         for (offset, len) in wanted {

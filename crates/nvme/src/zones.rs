@@ -88,7 +88,7 @@ impl<T: Transfer> Request<'_, T> {
             }
             SendAction::CLOSE => (CLOSE, &[C::ImplicitlyOpen, C::ExplicitlyOpen]),
             SendAction::FINISH => (ZoneOp::Finish, &[C::ImplicitlyOpen, C::ExplicitlyOpen, C::Closed]),
-            SendAction::OFFLINE => (ZoneOp::SetOffline, &[C::ReadOnly]),
+            SendAction::OFFLINE => return set_offline(device, lane).await.map(|()| 0),
             _ => return Err(Status::INVALID_FIELD.into()),
         };
         let mut scan = Scan::new(device, 0);
@@ -237,6 +237,8 @@ fn shows(filter: ReportFilter, condition: Condition) -> bool {
         ReportFilter::FULL => Condition::Full,
         ReportFilter::READ_ONLY => Condition::ReadOnly,
         ReportFilter::OFFLINE => Condition::Offline,
+        // No zone has an attribute.
+        ReportFilter::WITH_ATTRIBUTES => return false,
         // All; the others were refused.
         _ => return true,
     };
@@ -274,15 +276,59 @@ fn state(condition: Condition) -> ZoneState {
     }
 }
 
-/// Closes all open zones, as a shutdown does.
-pub(crate) async fn close_all(namespace: &Namespace, lane: &Lane) -> Result<(), Failure> {
+/// Brings all zones into the state in which they are after a shutdown of the subsystem (2.1.1.3): none is open, and one
+/// that holds nothing is empty.
+pub(crate) async fn settle(namespace: &Namespace, lane: &Lane) -> Result<(), Failure> {
     if namespace.read_only() {
         return Ok(());
     }
-    let mut scan = Scan::new(&namespace.device, 0);
+    let device = &namespace.device;
+    let close = ZoneOp::Close(CloseEmpty::ToEmpty);
+    let mut scan = Scan::new(device, 0);
     while let Some(batch) = scan.next().await? {
-        for zone in batch.iter().filter(|zone| zone.condition.is_open()) {
-            manage(&namespace.device, lane, CLOSE, zone.start).await?;
+        for zone in batch {
+            if zone.condition == Condition::Closed && zone.wp == zone.start {
+                manage(device, lane, ZoneOp::Open, zone.start).await?;
+                manage(device, lane, close, zone.start).await?;
+            } else if zone.condition.is_open() {
+                manage(device, lane, close, zone.start).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Empties all zones; those that are read-only go offline, since a format leaves no others (2.1.1.3).
+pub(crate) async fn format(namespace: &Namespace, lane: &Lane) -> Result<(), Failure> {
+    let device = &namespace.device;
+    let result = device.reset_all(lane).await;
+    result.map_err(|error| failure(&error, Kind::Write))?;
+    set_offline(device, lane).await
+}
+
+/// Takes all read-only zones offline.
+async fn set_offline(device: &Device, lane: &Lane) -> Result<(), Failure> {
+    let mut scan = Scan::new(device, 0);
+    while let Some(batch) = scan.next().await? {
+        for zone in batch.iter().filter(|zone| zone.condition == Condition::ReadOnly) {
+            manage(device, lane, ZoneOp::SetOffline, zone.start).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a range with an offline zone in it.
+pub(crate) async fn check_online(namespace: &Namespace, offset: u64, len: u64) -> Result<(), Failure> {
+    let end = offset + len;
+    let mut scan = Scan::new(&namespace.device, offset);
+    while let Some(batch) = scan.next().await? {
+        for zone in batch.iter().take_while(|zone| zone.start < end) {
+            if zone.condition == Condition::Offline {
+                return Err(Status::ZONE_IS_OFFLINE.into());
+            }
+        }
+        if batch.last().is_none_or(|last| last.start + last.len >= end) {
+            return Ok(());
         }
     }
     Ok(())

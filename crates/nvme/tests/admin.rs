@@ -6,6 +6,7 @@ use host::{
     CAPACITY, ENABLE, Host, Memory, PLAIN, PLAIN_NSID, ZONE, ZONED, ZONED_NSID, ZONES, entry, identify,
     pattern, rw,
 };
+use zbdkit_block::ZoneOp;
 use zbdkit_nvme::{
     AdminQueue, Change, Controller, ControllerOptions, Direction, IoQueue, Namespace, NamespaceError,
     NamespaceOptions, Subsystem, SubsystemError, SubsystemOptions,
@@ -15,7 +16,7 @@ use zbdkit_spec::nvme::base::{AdminOpcode, IdentifyController};
 use zbdkit_spec::nvme::command::NSID_ALL;
 use zbdkit_spec::nvme::controller::{Cc, SHST_COMPLETE, SHST_OCCURRING};
 use zbdkit_spec::nvme::nvm::{IdentifyNamespace, Opcode};
-use zbdkit_spec::nvme::zns::{self, NO_LIMIT, ZoneState};
+use zbdkit_spec::nvme::zns::{self, NO_LIMIT, SendAction, ZoneState};
 use zerocopy::FromBytes;
 
 const INVALID_NAMESPACE: Status = Status::INVALID_NAMESPACE_OR_FORMAT;
@@ -277,6 +278,9 @@ fn format_erases_and_keeps_the_format() {
     write();
     assert_eq!(format(NSID_ALL, 0), Status::SUCCESS);
     assert!(is_erased(PLAIN_NSID) && is_erased(ZONED_NSID));
+    host.set(ZoneOp::SetReadOnly, 5);
+    assert_eq!(format(ZONED_NSID, 0), Status::SUCCESS);
+    assert_eq!(host.state(5).0, ZoneState::OFFLINE, "zones are empty or offline");
     host.must_work();
 }
 
@@ -286,6 +290,10 @@ fn a_controller_is_enabled_disabled_and_shut_down_by_cc() {
     let controller = &host.controller;
     assert!(controller.status().rdy());
     assert_eq!(host.write(ZONED_NSID, 0, 8), Status::SUCCESS);
+    for zone in [1, 2] {
+        assert_eq!(host.zone(SendAction::OPEN, zone * ZONE), Status::SUCCESS);
+    }
+    assert_eq!(host.zone(SendAction::CLOSE, 2 * ZONE), Status::SUCCESS);
     assert_eq!(
         controller.configure(Cc::from_bits(ENABLE | 1 << 14)),
         Change::Shutdown
@@ -294,6 +302,10 @@ fn a_controller_is_enabled_disabled_and_shut_down_by_cc() {
     host.runtime.block_on(controller.shut_down());
     assert_eq!(controller.status().shst(), SHST_COMPLETE);
     assert_eq!(host.state(0), (ZoneState::CLOSED, 8), "a shutdown closes zones");
+    assert_eq!(
+        (host.state(1).0, host.state(2).0),
+        (ZoneState::EMPTY, ZoneState::EMPTY)
+    );
     assert_eq!(
         controller.configure(Cc::from_bits(ENABLE | 1 << 14)),
         Change::Nothing

@@ -3,6 +3,7 @@
 mod host;
 
 use host::{BLOCK, Host, Memory, PLAIN, PLAIN_NSID, ZONE, ZONED, ZONED_NSID, ZONES, entry, pattern, rw};
+use zbdkit_block::ZoneOp;
 use zbdkit_nvme::{ControllerOptions, Direction, NamespaceOptions};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::command::NSID_ALL;
@@ -268,6 +269,20 @@ fn deallocated_blocks_read_as_zeros() {
     assert_eq!(host.write(ZONED_NSID, 0, 8), Status::SUCCESS);
     assert_eq!(dsm(&host, ZONED_NSID, &[(0, 8)], 4), Status::SUCCESS);
     assert!(host.read(ZONED_NSID, 0, 8) == pattern(0, 8));
+    host.set(ZoneOp::SetOffline, 3);
+    assert_eq!(
+        dsm(
+            &host,
+            ZONED_NSID,
+            &[(0, 8), (ZONE, 0), (2 * ZONE, ZONE as u32)],
+            4
+        ),
+        Status::SUCCESS
+    );
+    assert_eq!(
+        dsm(&host, ZONED_NSID, &[(0, 8), (2 * ZONE, ZONE as u32 + 1)], 4),
+        Status::ZONE_IS_OFFLINE
+    );
     host.must_work();
 }
 

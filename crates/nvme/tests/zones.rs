@@ -9,15 +9,6 @@ use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::nvm::Opcode;
 use zbdkit_spec::nvme::zns::{Opcode as ZonedOpcode, SendAction, SendCdw13, ZoneState};
 
-/// The operator's doing.
-fn set(host: &Host, op: ZoneOp, zone: u64) {
-    let device = host.subsystem.namespace(ZONED_NSID).unwrap().device();
-    let lane = device.lane(1);
-    host.runtime
-        .block_on(device.zone_op(&lane, op, zone * ZONE * 512))
-        .unwrap();
-}
-
 /// Fills a zone.
 fn fill(host: &Host, zone: u64) {
     assert_eq!(host.write(ZONED_NSID, zone * ZONE, CAPACITY), Status::SUCCESS);
@@ -74,7 +65,7 @@ fn a_full_zone_takes_no_write_and_no_open_or_close() {
 fn read_only_and_offline_zones_have_their_own_statuses() {
     let host = Host::new();
     assert_eq!(host.write(ZONED_NSID, ZONE, 8), Status::SUCCESS);
-    set(&host, ZoneOp::SetReadOnly, 1);
+    host.set(ZoneOp::SetReadOnly, 1);
     assert_eq!(host.state(1), (ZoneState::READ_ONLY, u64::MAX.wrapping_sub(ZONE)));
     assert_eq!(host.write(ZONED_NSID, ZONE + 8, 8), Status::ZONE_IS_READ_ONLY);
     assert_eq!(host.append(1, 8).0, Status::ZONE_IS_READ_ONLY);
@@ -216,8 +207,8 @@ fn actions_for_all_zones_leave_out_those_that_they_are_not_for() {
     host.zone(SendAction::OPEN, 0);
     host.write(ZONED_NSID, ZONE, 8);
     fill(&host, 2);
-    set(&host, ZoneOp::SetReadOnly, 5);
-    set(&host, ZoneOp::SetOffline, 6);
+    host.set(ZoneOp::SetReadOnly, 5);
+    host.set(ZoneOp::SetOffline, 6);
     let states = |host: &Host| (0..ZONES).map(|zone| host.state(zone).0).collect::<Vec<_>>();
     let (empty, full, closed) = (ZoneState::EMPTY, ZoneState::FULL, ZoneState::CLOSED);
     let tail = |sixth| [empty, empty, sixth, ZoneState::OFFLINE, empty];
@@ -322,8 +313,8 @@ fn a_report_shows_the_zones_that_its_filter_asks_for() {
     host.write(ZONED_NSID, 2 * ZONE, 8);
     host.zone(SendAction::CLOSE, 2 * ZONE);
     fill(&host, 3);
-    set(&host, ZoneOp::SetReadOnly, 4);
-    set(&host, ZoneOp::SetOffline, 5);
+    host.set(ZoneOp::SetReadOnly, 4);
+    host.set(ZoneOp::SetOffline, 5);
     let starts = |filter| {
         let (count, zones) = host.report(0, 16, filter, false);
         let starts: Vec<u64> = zones.iter().map(|zone| zone.zslba.get() / ZONE).collect();
@@ -332,6 +323,7 @@ fn a_report_shows_the_zones_that_its_filter_asks_for() {
     };
     assert_eq!(starts(0), [0, 1, 2, 3, 4, 5, 6, 7]);
     assert_eq!(starts(1), [6, 7]);
+    assert_eq!(starts(9), [0; 0], "no zone has attributes");
     for (filter, zone) in (2..8).zip(0..6) {
         assert_eq!(starts(filter), [zone], "filter {filter}");
     }

@@ -6,7 +6,8 @@ use zbdkit_spec::nvme::command::NSID_ALL;
 
 use super::AdminQueue;
 use crate::namespace::Namespace;
-use crate::status::{Failure, Kind, failure};
+use crate::status::Failure;
+use crate::zones;
 
 impl AdminQueue {
     pub(super) async fn format(
@@ -46,8 +47,7 @@ impl AdminQueue {
 
 async fn erase_all(namespace: &Namespace, lane: &Lane) -> Result<(), Failure> {
     if namespace.zones().is_some() {
-        let result = namespace.device.reset_all(lane).await;
-        result.map_err(|error| failure(&error, Kind::Write))?;
+        zones::format(namespace, lane).await?;
     } else {
         namespace
             .deallocate(lane, 0, namespace.device.limits().size)

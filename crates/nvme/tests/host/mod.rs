@@ -8,7 +8,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 
-use zbdkit_block::{Device, Graph, Host as BlockHost, OpenOptions, OsHost};
+use zbdkit_block::{Device, Graph, Host as BlockHost, OpenOptions, OsHost, ZoneOp};
 use zbdkit_io::{IoBuf, Runtime, RuntimeOptions};
 use zbdkit_nvme::{
     AdminQueue, Change, Completion, Controller, ControllerOptions, CreateCq, CreateSq, Direction, Failure,
@@ -265,6 +265,15 @@ impl Host {
     /// An action on all zones.
     pub fn all_zones(&self, action: SendAction) -> Status {
         self.send(zone_send(action, 0, SendCdw13::new().with_select_all(true)), &[])
+    }
+
+    /// The operator changes a zone.
+    pub fn set(&self, op: ZoneOp, zone: u64) {
+        let device = self.subsystem.namespace(ZONED_NSID).unwrap().device();
+        let lane = device.lane(1);
+        self.runtime
+            .block_on(device.zone_op(&lane, op, zone * ZONE * 512))
+            .unwrap();
     }
 
     /// A report: the header's number and the descriptors in a buffer for `room` of them.

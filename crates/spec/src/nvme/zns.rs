@@ -64,6 +64,8 @@ open_enum! {
         FULL = 5,
         READ_ONLY = 6,
         OFFLINE = 7,
+        /// Zones whose reset or finish is recommended, or that the controller has finished.
+        WITH_ATTRIBUTES = 9,
     }
 }
 
