@@ -80,3 +80,11 @@ unwritten() {
 	expect "bytes of old data in zone $1 from $2" 0 "$others"
 	expect "bytes read there" "$(numfmt --from=iec "${3^^}")" "$(get "$1" "$2" "$3" | wc -c)"
 }
+
+# told WORDS COMMAND...: the command must fail, and say these words.
+told() {
+	local words=$1 said
+	shift
+	said=$("$@" 2>&1) && fail "this should have failed: $*"
+	case "$said" in *"$words"*) echo "ok: $*: $said" ;; *) fail "$* said: $said" ;; esac
+}

@@ -12,6 +12,7 @@ use clap::Args;
 
 use crate::demo::{self, log_of, socket_directory};
 use crate::drive::{Device, Format, Geometry, Zbdkit, remove_image};
+use crate::drives::{DRIVE_JOBS, DriveJob, Programs};
 use crate::guest::Guest;
 use crate::proc::{self, Running};
 use crate::rig::Rig;
@@ -266,6 +267,9 @@ impl Test {
                 let formats: Vec<_> = job.formats.iter().map(|format| format.name()).collect();
                 say(&format!("{:16} {} ({})", job.name, job.about, formats.join(", ")));
             }
+            for job in DRIVE_JOBS {
+                say(&format!("{:16} {}", job.name, job.about));
+            }
             return Ok(());
         }
         let wanted = |name: &str| self.filter.as_deref().is_none_or(|filter| name.contains(filter));
@@ -280,6 +284,19 @@ impl Test {
             .collect();
         if !jobs.is_empty() {
             self.run_jobs(&jobs, &mut tally)?;
+        }
+        let drives: Vec<&DriveJob> = DRIVE_JOBS
+            .iter()
+            .filter(|job| !self.fast && self.device == Device::Zbdkit && wanted(job.name))
+            .collect();
+        if !drives.is_empty() {
+            heading("Drives of the guest's own kernel");
+            let programs = Programs::build(&drives)?;
+            let rig = Rig::prepare()?;
+            for job in drives {
+                heading(&format!("{}: {}", job.name, job.about));
+                tally.run(job.name, || job.run(&rig, &programs, self.verbose));
+            }
         }
         tally.finish()
     }

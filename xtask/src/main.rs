@@ -4,6 +4,7 @@ mod bench;
 mod demo;
 mod diff;
 mod drive;
+mod drives;
 mod guest;
 mod jobs;
 mod proc;
@@ -37,6 +38,7 @@ Environment:
   ZBDKIT_GUEST_TREE    an unpacked Linux with the guest's tools
   ZBDKIT_ACCEL         kvm or tcg, instead of trying
   ZBDKIT               a zbdkit program to test, instead of building one
+  ZBDKIT_PROGRAMS      a directory with zbdkit and zbdkit-drive for the jobs on the guest's own drives
   ZBDKIT_FIO_SOURCE, ZBDKIT_ZONEFS_TOOLS_SOURCE   sources of the suites, instead of Debian's
 
 Logs of each guest: target/rig/logs/NAME/ (console.log, output.log, qemu.log, command).";

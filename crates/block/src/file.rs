@@ -36,6 +36,14 @@ impl FileNode {
         })
     }
 
+    /// A block device without zones.
+    pub(crate) fn host_device(file: File, block_size: u32, read_only: bool) -> std::io::Result<FileNode> {
+        let mut node = FileNode::new(file, read_only)?;
+        node.driver = "host_device";
+        node.limits.block_size = node.limits.block_size.max(block_size);
+        Ok(node)
+    }
+
     /// A node of `size` zero bytes in memory.
     pub fn memory(host: &dyn Host, size: u64, read_only: bool) -> std::io::Result<FileNode> {
         let file = host.memory(size)?;
@@ -110,13 +118,7 @@ impl Node for FileNode {
     }
 
     fn discard<'a>(&'a self, _lane: &'a Lane, offset: u64, len: u64) -> Request<'a, ()> {
-        Box::pin(async move {
-            match self.file.punch_hole(offset, len).await {
-                // A file system that cannot punch holes keeps the space: discard is a hint.
-                Err(error) if !is_unsupported(&error) => Err(Error::io("discard", &error)),
-                _ => Ok(()),
-            }
-        })
+        Box::pin(discard(&self.file, offset, len))
     }
 
     fn map<'a>(&'a self, offset: u64, len: u64) -> Request<'a, MapExtent> {
@@ -155,8 +157,17 @@ fn extent(file: &File, offset: u64, len: u64) -> (bool, u64) {
     }
 }
 
+/// Says that a range's contents are not needed any more.
+pub(crate) async fn discard(file: &File, offset: u64, len: u64) -> Result<(), Error> {
+    match file.punch_hole(offset, len).await {
+        // A file system that cannot punch holes keeps the space: discard is a hint.
+        Err(error) if !is_unsupported(&error) => Err(Error::io("discard", &error)),
+        _ => Ok(()),
+    }
+}
+
 /// Makes a range of a file read as zeros: a hole if it may be one, else zeroed blocks, else plain zeros.
-async fn zero(file: &File, offset: u64, len: u64, unmap: bool) -> Result<(), Error> {
+pub(crate) async fn zero(file: &File, offset: u64, len: u64, unmap: bool) -> Result<(), Error> {
     let fast = if unmap {
         file.punch_hole(offset, len).await
     } else {

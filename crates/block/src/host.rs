@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::fs::{self, AtFlags, Mode, OFlags, StatxFlags, XattrFlags};
 use zbdkit_io::{File, FileKind, Words};
 
+use crate::host_device::{self, sysfs::DeviceNumber};
 use crate::lock::{self, Conflict, LockMode};
 
 /// How a file is opened.
@@ -17,6 +18,10 @@ pub struct FileOptions {
     pub read_only: bool,
     /// Bypass the page cache (O_DIRECT), for data and metadata alike.
     pub direct: bool,
+    /// The alignment of direct I/O in bytes, where it is known better than the kernel tells it of a file.
+    pub direct_align: Option<u32>,
+    /// A block device: nobody else may hold it, be it as a file system or by opening it like this (O_EXCL).
+    pub exclusive: bool,
     /// Create it: exclusively, never through a link, with mode 0600.
     pub create_new: bool,
     /// QEMU's image locks to take.
@@ -36,6 +41,8 @@ impl FileOptions {
         FileOptions {
             read_only,
             direct: false,
+            direct_align: None,
+            exclusive: false,
             create_new: false,
             lock,
             lock_wait: Duration::from_secs(3),
@@ -87,6 +94,14 @@ pub trait Host: Send + Sync {
     fn memory(&self, size: u64) -> io::Result<File>;
     /// Does a file of that name exist?
     fn exists(&self, path: &Path) -> io::Result<bool>;
+    /// The number of the block device of that name; `None` for anything else, and on a machine that has none.
+    fn block_device(&self, _path: &Path) -> io::Result<Option<DeviceNumber>> {
+        Ok(None)
+    }
+    /// Is that the character device of an NVMe namespace?
+    fn is_nvme_namespace(&self, _path: &Path) -> bool {
+        false
+    }
     /// Removes a name.
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes the creation or removal of `path` durable.
@@ -124,6 +139,9 @@ impl Host for OsHost {
         if options.create_new {
             flags |= OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         }
+        if options.exclusive {
+            flags |= OFlags::EXCL;
+        }
         if options.direct {
             flags |= OFlags::DIRECT;
         }
@@ -136,7 +154,7 @@ impl Host for OsHost {
         check_kind(&fs::fstat(&fd).map_err(io::Error::from)?)?;
         lock::acquire(fd.as_fd(), options.lock, options.lock_wait).map_err(HostError::Locked)?;
         let direct_align = if options.direct {
-            Some(direct_align(&fd))
+            Some(options.direct_align.unwrap_or_else(|| direct_align(&fd)))
         } else {
             None
         };
@@ -151,6 +169,14 @@ impl Host for OsHost {
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
         path.try_exists()
+    }
+
+    fn block_device(&self, path: &Path) -> io::Result<Option<DeviceNumber>> {
+        host_device::number_of(path)
+    }
+
+    fn is_nvme_namespace(&self, path: &Path) -> bool {
+        host_device::is_nvme_namespace(path)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {

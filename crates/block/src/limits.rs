@@ -11,6 +11,8 @@ pub struct Limits {
     pub block_size: u32,
     /// The least alignment of offset, length and memory that reaches the storage without a copy, bytes.
     pub direct_align: u32,
+    /// Writes to sequential zones are multiples of this many bytes, where that is more than the logical block size.
+    pub write_granularity: u32,
     /// Nothing can be written.
     pub read_only: bool,
     /// Zones, where the node has them.
@@ -25,6 +27,7 @@ impl Limits {
             size,
             block_size,
             direct_align: 1,
+            write_granularity: 1,
             read_only,
             zoned: None,
         }

@@ -87,6 +87,7 @@ enum Owner {
     Nothing,
     Memory(Rc<Memory>),
     Guest(MemGuard),
+    Several(Rc<[IoBuf]>),
 }
 
 impl IoBuf {
@@ -140,6 +141,24 @@ impl IoBuf {
             len: builder.len,
             segments: builder.finish(),
             owner: Owner::Guest(guard),
+        }
+    }
+
+    /// The bytes of several buffers, one behind the other, over the same memory. Panics where their lengths together
+    /// do not fit `usize`.
+    pub fn concat(parts: Vec<IoBuf>) -> IoBuf {
+        let total = parts
+            .iter()
+            .try_fold(0usize, |sum, part| sum.checked_add(part.len));
+        assert!(total.is_some(), "more bytes than memory can hold");
+        let mut list = SegmentList::new();
+        for part in &parts {
+            part.segments().iter().for_each(|segment| list.push(*segment));
+        }
+        IoBuf {
+            len: list.len,
+            segments: list.finish(),
+            owner: Owner::Several(parts.into()),
         }
     }
 

@@ -73,3 +73,17 @@ fn memory_that_nobody_has_is_an_error() {
     let error = IoBuf::try_alloc(usize::MAX / 2 - 8191).expect_err("more than there is");
     assert_eq!(error.kind(), std::io::ErrorKind::OutOfMemory);
 }
+
+#[test]
+fn buffers_in_a_row_are_one_buffer_over_the_same_memory() {
+    let parts = [&b"one "[..], b"", b"two "].map(|text| IoBuf::from_vec(text.to_vec()));
+    let first = parts[0].clone();
+    let whole = IoBuf::concat(parts.into());
+    assert_eq!(whole.to_vec(), b"one two ");
+    whole.slice(2..6).copy_from(b"1122");
+    assert_eq!(
+        (whole.to_vec(), first.to_vec()),
+        (b"on1122o ".to_vec(), b"on11".to_vec())
+    );
+    assert!(IoBuf::concat(Vec::new()).is_empty());
+}

@@ -4,5 +4,8 @@ pub mod client;
 pub mod conformance;
 pub mod crash;
 pub mod diff;
+pub mod drive;
 pub mod fault;
 pub mod kill;
+pub mod namespace;
+pub mod reported;

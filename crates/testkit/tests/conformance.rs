@@ -68,6 +68,21 @@ fn memory_conforms() {
     });
 }
 
+#[test]
+fn a_host_aware_device_conforms() {
+    on_both_backends(|runtime| {
+        runtime.block_on(async {
+            let graph = Graph::parse(
+                "driver=zoned,file.driver=memory,file.size=12M,zone.size=1M,zone.mode=host-aware,\
+                 zone.conventional_zones=2,zone.max_append_bytes=64k",
+            );
+            let host: Arc<dyn Host> = Arc::new(OsHost);
+            let device = graph.unwrap().open(&host, &OpenOptions::default()).await.unwrap();
+            conforms(&device).await;
+        });
+    });
+}
+
 fn raw_conforms(direct: bool) {
     // Direct I/O needs a file system that has it; the build's own directory is on one more often than /tmp.
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

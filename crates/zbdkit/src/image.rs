@@ -1,6 +1,7 @@
 //! How the verbs name and open an image.
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use anyhow::Context;
 use clap::Args;
 use zbdkit_block::{Device, Graph, Host, OpenOptions, OsHost, RunStateMode, default_sidecar, did_you_mean};
 use zbdkit_io::{Runtime, RuntimeOptions};
-use zbdkit_zone::Engine;
+use zbdkit_zone::Geometry;
 
 use crate::output::Usage;
 
@@ -141,15 +142,17 @@ pub fn changing() -> OpenOptions {
 }
 
 /// The zones of a device, or an error that says that it has none.
-pub fn engine_of(device: &Device) -> anyhow::Result<&Engine> {
+pub fn zones_of(device: &Device) -> anyhow::Result<Geometry> {
     device
-        .engine()
+        .limits()
+        .zoned
         .context("the image has no zones (make one that has with 'zbdkit create')")
 }
 
-/// The graph of a path whose format the user named: zones where there is a zone table, else a plain disk.
+/// The graph of a path whose format the user named: zones where there is a zone table or a drive has them, else a plain
+/// disk.
 pub fn raw_graph(path: &Path) -> anyhow::Result<Graph> {
-    if default_sidecar(path).exists() {
+    if default_sidecar(path).exists() || is_block_device(path) {
         return Ok(Graph::from_path(path));
     }
     let filename = path
@@ -160,6 +163,11 @@ pub fn raw_graph(path: &Path) -> anyhow::Result<Graph> {
         "file": { "driver": "file", "filename": filename },
     });
     Ok(Graph::parse_json(&json.to_string())?)
+}
+
+fn is_block_device(path: &Path) -> bool {
+    path.metadata()
+        .is_ok_and(|file| file.file_type().is_block_device())
 }
 
 /// A path for a shell.

@@ -3,6 +3,7 @@
 use crate::engine::Engine;
 use crate::error::{Refused, ZoneError};
 use crate::permit::{Order, ReadPermit, WritePermit};
+use crate::rules::{Appends, Writable, writable};
 use crate::slots::{NIL, SlotPool};
 use crate::sync::lock;
 use crate::types::{Condition, ZoneNo, ZoneType};
@@ -50,19 +51,11 @@ impl Engine {
         len: u64,
     ) -> Result<WritePermit, Refused> {
         let zone = self.geometry.zone_at(zone_start)?;
-        match self.geometry.zone_type(zone) {
-            ZoneType::Conventional => return Err(ZoneError::Conventional { zone }.into()),
-            ZoneType::SequentialPreferred => return Err(ZoneError::NotSequentialRequired { zone }.into()),
-            ZoneType::SequentialRequired => {}
-        }
-        let max = self.geometry.max_append();
-        if max == 0 {
-            return Err(ZoneError::AppendUnsupported.into());
-        }
-        self.geometry.blocks(zone_start, len)?;
-        if len > max {
-            return Err(ZoneError::AppendTooLarge { len, max }.into());
-        }
+        let appends = Appends {
+            max: self.geometry.max_append(),
+            granularity: self.geometry.block_size(),
+        };
+        appends.check(zone, self.geometry.zone_type(zone), zone_start, len)?;
         self.check_lost();
         self.admit_ordered(pool, zone, None, len)
     }
@@ -83,26 +76,14 @@ impl Engine {
         let mut z = self.lock(zone);
         z.admits_writes()?;
         let condition = z.condition();
-        writable(zone, condition)?;
-        if condition == Condition::Full {
-            return Err(ZoneError::Full { zone }.into());
-        }
-        let wp = start + z.next;
-        let offset = offset.unwrap_or(wp);
-        if offset != wp {
-            return Err(ZoneError::NotAtWritePointer { zone, offset, wp }.into());
-        }
-        let capacity = self.geometry.capacity(zone);
+        let writable = Writable {
+            zone,
+            condition,
+            wp: start + z.next,
+            end: start + self.geometry.capacity(zone),
+        };
+        let offset = writable.place(offset, len)?;
         let next = z.next + len;
-        if next > capacity {
-            return Err(ZoneError::ExceedsCapacity {
-                zone,
-                offset,
-                len,
-                end: start + capacity,
-            }
-            .into());
-        }
         let Some(slot) = self.take_slot(pool) else {
             return Err(Refused::NoSlot);
         };
@@ -275,14 +256,6 @@ impl Engine {
     fn take_abandoned(&self, pool: &mut SlotPool) -> Option<u32> {
         self.release_abandoned();
         pool.take()
-    }
-}
-
-fn writable(zone: ZoneNo, condition: Condition) -> Result<(), ZoneError> {
-    match condition {
-        Condition::Offline => Err(ZoneError::Offline { zone }),
-        Condition::ReadOnly => Err(ZoneError::ReadOnly { zone }),
-        _ => Ok(()),
     }
 }
 

@@ -165,6 +165,53 @@ pub enum ZoneError {
     },
 }
 
+impl ZoneError {
+    /// The same for somebody who sees the device from a zone on: `zones` zones and `bytes` bytes lie before it.
+    #[must_use]
+    pub fn seen_from(self, zones: u32, bytes: u64) -> ZoneError {
+        let mut error = self;
+        use ZoneError as E;
+        match &mut error {
+            E::Boundary {
+                zone, offset, end, ..
+            }
+            | E::ExceedsCapacity {
+                zone, offset, end, ..
+            } => {
+                zone.0 = zone.0.saturating_sub(zones);
+                *offset = offset.saturating_sub(bytes);
+                *end = end.saturating_sub(bytes);
+            }
+            E::NotAtWritePointer { zone, offset, wp } => {
+                zone.0 = zone.0.saturating_sub(zones);
+                *offset = offset.saturating_sub(bytes);
+                *wp = wp.saturating_sub(bytes);
+            }
+            E::OutOfRange { offset, size, .. } => {
+                *offset = offset.saturating_sub(bytes);
+                *size = size.saturating_sub(bytes);
+            }
+            E::Unaligned { offset, .. } | E::NotZoneStart { offset } => {
+                *offset = offset.saturating_sub(bytes);
+            }
+            E::Full { zone }
+            | E::ReadOnly { zone }
+            | E::Offline { zone }
+            | E::Conventional { zone }
+            | E::NotSequentialRequired { zone }
+            | E::InvalidTransition { zone, .. }
+            | E::RandomWriteArea { zone }
+            | E::NoRandomWriteArea { zone }
+            | E::Poisoned { zone } => zone.0 = zone.0.saturating_sub(zones),
+            E::TooManyOpen { .. }
+            | E::TooManyActive { .. }
+            | E::AppendTooLarge { .. }
+            | E::AppendUnsupported => {}
+        }
+        error
+    }
+}
+
 /// A stored record that no zone of this geometry can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {

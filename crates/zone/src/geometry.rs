@@ -1,6 +1,7 @@
 //! The shape of a zoned device, checked once, and the arithmetic on it.
 
 use crate::error::{GeometryError, ZoneError};
+use crate::rules;
 use crate::types::{Model, ZoneNo, ZoneType};
 
 /// The most zones a device can have. The engine takes 64 bytes of memory a zone, and an image that claims
@@ -209,15 +210,7 @@ impl Geometry {
 
     /// That a range is some whole blocks.
     pub(crate) fn blocks(&self, offset: u64, len: u64) -> Result<(), ZoneError> {
-        let granularity = self.spec.block_size;
-        if len == 0 || (offset | len) & u64::from(granularity - 1) != 0 {
-            return Err(ZoneError::Unaligned {
-                offset,
-                len,
-                granularity,
-            });
-        }
-        Ok(())
+        rules::blocks(offset, len, self.spec.block_size)
     }
 }
 

@@ -34,6 +34,7 @@ mod manage;
 pub mod oracle;
 mod permit;
 mod report;
+pub mod rules;
 mod slots;
 mod sync;
 mod types;

@@ -18,6 +18,7 @@ use crate::device::Device;
 use crate::error::OpenError;
 use crate::file::FileNode;
 use crate::host::{FileOptions, Host};
+use crate::host_device::{HostDevice, has_zones, needs_host_device};
 use crate::lock::LockMode;
 use crate::node::Node;
 use crate::qcow2::{Chain, ImageFormat};
@@ -148,7 +149,7 @@ struct Opener<'a> {
     options: &'a OpenOptions,
 }
 
-const DRIVERS: [&str; 5] = ["file", "memory", "qcow2", "raw", "zoned"];
+const DRIVERS: [&str; 6] = ["file", "host_device", "memory", "qcow2", "raw", "zoned"];
 
 impl Opener<'_> {
     async fn open_path(&self, path: &Path) -> Result<Device, OpenError> {
@@ -164,6 +165,9 @@ impl Opener<'_> {
         let image = self.image_at(path);
         if self.options.format == Some(ImageFormat::Qcow2) {
             return self.open_image(image).await;
+        }
+        if !has_sidecar && self.is_device(path)? {
+            return self.open_device(path).await;
         }
         let node = self.open_file(&image.file)?;
         if !has_sidecar {
@@ -190,10 +194,61 @@ impl Opener<'_> {
         .await
     }
 
+    fn is_device(&self, path: &Path) -> Result<bool, OpenError> {
+        if self.host.is_nvme_namespace(path) {
+            return Ok(true);
+        }
+        let number = self.host.block_device(path);
+        Ok(number
+            .map_err(|e| OpenError::file(path, "cannot be opened", e))?
+            .is_some())
+    }
+
+    /// A device of this machine that is named by its path alone.
+    async fn open_device(&self, path: &Path) -> Result<Device, OpenError> {
+        let zoned = has_zones(&**self.host, path);
+        let node = self
+            .open_host_device(&FileChoice {
+                path: path.to_owned(),
+                // Nobody has said otherwise.
+                direct: zoned || self.options.direct,
+                read_only: self.options.read_only,
+                locking: None,
+            })
+            .await?;
+        // A guest chooses what its disk begins with, so that is not taken for a format; nor is an image taken for a disk.
+        if !zoned && self.options.format.is_none() && self.magic(&*node).await.starts_with(&QCOW2_MAGIC) {
+            return Err(OpenError::data(
+                path,
+                format!(
+                    "begins like a qcow2 image: say driver=qcow2,file.filename={0} for the image or \
+                     driver=host_device,filename={0} for the disk",
+                    path.display()
+                ),
+            ));
+        }
+        Ok(Device::new(node))
+    }
+
+    async fn open_host_device(&self, choice: &FileChoice) -> Result<Arc<dyn Node>, OpenError> {
+        self.check_share(choice.read_only)?;
+        let device = HostDevice {
+            path: choice.path.clone(),
+            direct: choice.direct,
+            read_only: choice.read_only,
+            lock: self.lock_of("host_device", choice)?,
+            lock_wait: self.options.lock_wait,
+        };
+        device.open(&**self.host).await
+    }
+
     /// As [`Opener::open_path`] decides.
     async fn format_of(&self, path: &Path) -> Result<ImageFormat, OpenError> {
         if let Some(format) = self.options.format {
             return Ok(format);
+        }
+        if self.is_device(path)? {
+            return Ok(ImageFormat::Raw);
         }
         let sidecar = self.host.exists(&default_sidecar(path));
         let node = self.open_file(&self.image_at(path).file)?;
@@ -229,7 +284,7 @@ impl Opener<'_> {
         }
     }
 
-    async fn magic(&self, node: &FileNode) -> [u8; 8] {
+    async fn magic(&self, node: &dyn Node) -> [u8; 8] {
         let buf = IoBuf::alloc(sidecar::BLOCK);
         let mut magic = [0; 8];
         let Some(file) = node.file() else { return magic };
@@ -266,6 +321,11 @@ impl Opener<'_> {
             .find_string("cache.direct")
             .map_or(self.options.direct, |text| text == "on" || text == "true");
         let child = self.open_node(child, read_only, Chain::default()).await?;
+        if child.limits().zoned.is_some() {
+            return Err(OpenError::Graph(
+                "zoned: what is below has zones of its own: name it without driver=zoned".into(),
+            ));
+        }
         if child.driver() == "qcow2" {
             return Err(OpenError::Graph(
                 "zoned: a qcow2 image keeps its zones itself: create it with zones, and name it with driver=qcow2".into(),
@@ -341,7 +401,14 @@ impl Opener<'_> {
             None => return Err(OpenError::Graph(format!("{}driver is missing", tree.place()))),
         };
         match driver.as_str() {
-            "file" => Ok(Arc::new(self.open_file(&self.file_choice(tree, read_only)?)?)),
+            "file" => {
+                let choice = self.file_choice("file", tree, read_only)?;
+                Ok(Arc::new(self.open_file(&choice)?))
+            }
+            "host_device" => {
+                let choice = self.file_choice("host_device", tree, read_only)?;
+                self.open_host_device(&choice).await
+            }
             "qcow2" => {
                 let image = self.image_of(tree, read_only)?;
                 self.open_image_below(image, chain).await
@@ -373,8 +440,8 @@ impl Opener<'_> {
         }
     }
 
-    /// The file that a tree of options describes.
-    fn file_choice(&self, mut tree: Options, read_only: bool) -> Result<FileChoice, OpenError> {
+    /// The file or block device that a tree of options describes.
+    fn file_choice(&self, driver: &str, mut tree: Options, read_only: bool) -> Result<FileChoice, OpenError> {
         let choice = FileChoice {
             path: tree.required("filename")?.into(),
             direct: tree.bool("cache.direct")?.unwrap_or(self.options.direct),
@@ -382,7 +449,7 @@ impl Opener<'_> {
             locking: tree.string("locking")?,
         };
         tree.finish(
-            "file",
+            driver,
             &["driver", "filename", "cache.direct", "locking", "read-only"],
         )?;
         Ok(choice)
@@ -396,16 +463,10 @@ impl Opener<'_> {
             ..
         } = choice;
         self.check_share(read_only)?;
-        let lock = match (choice.locking.as_deref(), self.options.force_share, read_only) {
-            (Some("off"), ..) | (_, true, _) => LockMode::None,
-            (Some("on" | "auto") | None, _, true) => LockMode::Read,
-            (Some("on" | "auto") | None, _, false) => LockMode::Write,
-            (Some(other), ..) => {
-                return Err(OpenError::Graph(format!(
-                    "file: locking={other} is not one of on, off, auto"
-                )));
-            }
-        };
+        let lock = self.lock_of("file", choice)?;
+        if let Some(problem) = needs_host_device(&**self.host, path) {
+            return Err(OpenError::data(path, problem));
+        }
         let options = FileOptions {
             direct,
             lock,
@@ -419,6 +480,24 @@ impl Opener<'_> {
         let node =
             FileNode::new(file, read_only).map_err(|e| OpenError::file(path, "cannot be looked at", e))?;
         Ok(node.named(path))
+    }
+}
+
+impl Opener<'_> {
+    /// The locks that a file or device is opened with.
+    fn lock_of(&self, driver: &str, choice: &FileChoice) -> Result<LockMode, OpenError> {
+        match (
+            choice.locking.as_deref(),
+            self.options.force_share,
+            choice.read_only,
+        ) {
+            (Some("off"), ..) | (_, true, _) => Ok(LockMode::None),
+            (Some("on" | "auto") | None, _, true) => Ok(LockMode::Read),
+            (Some("on" | "auto") | None, _, false) => Ok(LockMode::Write),
+            (Some(other), ..) => Err(OpenError::Graph(format!(
+                "{driver}: locking={other} is not one of on, off, auto"
+            ))),
+        }
     }
 }
 

@@ -183,7 +183,7 @@ impl Opener<'_> {
                 )));
             }
         }
-        self.file_choice(tree, read_only)
+        self.file_choice("file", tree, read_only)
     }
 
     /// Opens an image with its zones, as the root of the graph.

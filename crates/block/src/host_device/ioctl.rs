@@ -19,17 +19,12 @@ pub fn report(fd: BorrowedFd<'_>, sector: u64, max: u32) -> io::Result<(u32, Vec
     };
     let bytes = words.as_mut_bytes();
     bytes[..HEADER].copy_from_slice(header.as_bytes());
-    loop {
-        // SAFETY: `fd` is open for the duration of the call; the kernel reads the header at the start of `bytes` and
-        // writes no more than the header and the `max` zones behind it, for which `bytes` has room.
-        match unsafe { libc::ioctl(fd.as_raw_fd(), REPORT_ZONE as libc::Ioctl, bytes.as_mut_ptr()) } {
-            -1 => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
-            _ => break,
-        }
-    }
+    let buffer = bytes.as_mut_ptr();
+    retried(|| {
+        // SAFETY: `fd` is open for the duration of the call; the kernel reads the header at the start of `buffer` and
+        // writes no more than the header and the `max` zones behind it, for which there is room.
+        unsafe { libc::ioctl(fd.as_raw_fd(), REPORT_ZONE as libc::Ioctl, buffer) }
+    })?;
     let header = ReportHeader::read_from_bytes(&bytes[..HEADER]).unwrap_or_default();
     let zones = bytes[HEADER..]
         .chunks_exact(size_of::<Zone>())
@@ -41,16 +36,21 @@ pub fn report(fd: BorrowedFd<'_>, sector: u64, max: u32) -> io::Result<(u32, Vec
 
 /// One of the operations that take a range of zones: reset, open, close, finish.
 pub fn manage(fd: BorrowedFd<'_>, request: u32, range: ZoneRange) -> io::Result<()> {
-    loop {
+    retried(|| {
         // SAFETY: `fd` is open for the duration of the call, and the kernel only reads `range`.
-        match unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, &raw const range) } {
-            -1 => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
-            _ => return Ok(()),
+        unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, &raw const range) }
+    })
+}
+
+/// Calls again where a signal came in between.
+fn retried(mut call: impl FnMut() -> libc::c_int) -> io::Result<()> {
+    while call() == -1 {
+        match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => {}
+            error => return Err(error),
         }
     }
+    Ok(())
 }
 
 /// The number of the namespace behind its character device.

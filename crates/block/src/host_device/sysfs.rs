@@ -58,8 +58,11 @@ pub struct BlockFacts {
     pub write_back: Option<bool>,
     /// Devices built on top of this one: device mapper, md.
     pub holders: Vec<String>,
-    /// Its zones, where the kernel shows it as zoned. From Linux 6.8 on host-aware disks are not.
+    /// Its zones, where the kernel shows it as zoned, or it was asked itself: from Linux 6.8 on the kernel does not show
+    /// those of host-aware disks.
     pub zones: Option<ZoneFacts>,
+    /// The kernel knows nothing of the zones: they are reported and managed by commands to the disk (SCSI).
+    pub zones_by_command: bool,
 }
 
 /// The zones of a disk as sysfs describes them. Sizes are bytes.
@@ -145,6 +148,7 @@ fn facts(link: &Path) -> io::Result<BlockFacts> {
         write_back: optional(text(&queue, "write_cache"))?.map(|text| text == "write back"),
         holders: names(&dir.join("holders")),
         zones: zones(&queue, sectors(disk, "size")?)?,
+        zones_by_command: false,
     })
 }
 

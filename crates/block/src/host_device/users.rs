@@ -118,6 +118,7 @@ mod tests {
             write_back: None,
             holders: vec!["dm-3".into()],
             zones: None,
+            zones_by_command: false,
         }
     }
 

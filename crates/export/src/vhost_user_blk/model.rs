@@ -32,6 +32,17 @@ pub enum Unsuitable {
         "virtio-blk cannot carry zones of {0} bytes: it counts 512-byte sectors in 32 bits, so less than 2 TiB"
     )]
     ZoneSizeTooBig(u64),
+    /// Linux before 7.3 writes single blocks to zones all the same.
+    #[error(
+        "virtio-blk cannot carry a write granularity of {granularity} bytes above the block size of {block_size}: drivers write \
+         single blocks to sequential zones"
+    )]
+    WriteGranularity {
+        /// What writes to sequential zones are multiples of, bytes.
+        granularity: u32,
+        /// The logical block size, bytes.
+        block_size: u32,
+    },
     /// Requests count sectors.
     #[error(
         "virtio-blk cannot carry blocks of {0} bytes: the block size must be a power of two of at least 512"
@@ -85,6 +96,12 @@ impl Model {
         }
         if !limits.size.is_multiple_of(SECTOR_SIZE) {
             return Err(Unsuitable::Size(limits.size));
+        }
+        if limits.zoned.is_some() && limits.write_granularity > block_size {
+            return Err(Unsuitable::WriteGranularity {
+                granularity: limits.write_granularity,
+                block_size,
+            });
         }
         // Header and status take a descriptor each.
         let seg_max = u32::from(queue_size).saturating_sub(2).max(1);

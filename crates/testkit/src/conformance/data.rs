@@ -22,7 +22,7 @@ pub async fn writes(s: &Subject<'_>) -> Outcome {
         "a write below the pointer"
     );
     s.holds(start, 2 * block, 1).await?;
-    s.holds(start + 2 * block, capacity - 2 * block, 0).await?;
+    s.unwritten(start + 2 * block, capacity - 2 * block).await?;
     let rest = capacity - 2 * block;
     refused!(
         s.write(start + 2 * block, rest + block, 3).await,
@@ -45,14 +45,14 @@ pub async fn writes(s: &Subject<'_>) -> Outcome {
     );
     s.holds(start + 2 * block, rest, 3).await?;
     if capacity < s.geometry.len(zone) {
-        s.holds(start + capacity, s.geometry.len(zone) - capacity, 0)
+        s.unwritten(start + capacity, s.geometry.len(zone) - capacity)
             .await?;
     }
     ok(s.op(zone, ZoneOp::Reset).await, "a reset")?;
-    s.holds(start, s.geometry.len(zone), 0).await?;
+    s.unwritten(start, s.geometry.len(zone)).await?;
     // What lay below is not to be seen again when the pointer moves on.
     ok(s.write(start, block, 5).await, "a write after a reset")?;
-    s.holds(start + block, s.geometry.len(zone) - block, 0).await?;
+    s.unwritten(start + block, s.geometry.len(zone) - block).await?;
     let lane = &s.lane;
     ok(
         s.device.write_zeroes(lane, start + block, block, true).await,
@@ -151,11 +151,19 @@ pub async fn conventional(s: &Subject<'_>) -> Outcome {
         "an open of a conventional zone"
     );
     let end = s.start(s.zone(0));
-    refused!(
-        s.write(end - block, 2 * block, 1).await,
-        Error::Zone(ZoneError::Boundary { .. }),
-        "a write from a conventional zone into a sequential one"
-    );
+    if s.is_preferred() {
+        ok(
+            s.write(end - block, 2 * block, 1).await,
+            "a write from a conventional zone into one that takes writes anywhere",
+        )?;
+        s.is(s.zone(0), Condition::ImplicitlyOpen, block).await?;
+    } else {
+        refused!(
+            s.write(end - block, 2 * block, 1).await,
+            Error::Zone(ZoneError::Boundary { .. }),
+            "a write from a conventional zone into a sequential one"
+        );
+    }
     ok(
         s.device.write_zeroes(&s.lane, 0, block, false).await,
         "a write of zeros",

@@ -4,13 +4,15 @@
 //! that refuses everything does not pass.
 
 mod data;
+mod preferred;
 mod rules;
 
+use std::cell::RefCell;
 use std::fmt;
 
 use zbdkit_block::{CrossZone, Device, Error, Lane, ZoneOp};
-use zbdkit_io::IoBuf;
-use zbdkit_zone::{Condition, Filter, Geometry, ZoneInfo, ZoneNo, ZoneType};
+use zbdkit_io::{IoBuf, LocalBoxFuture};
+use zbdkit_zone::{Condition, Filter, Geometry, Model, ZoneInfo, ZoneNo, ZoneType};
 
 /// A rule that the device breaks.
 #[derive(Debug)]
@@ -55,8 +57,35 @@ macro_rules! refused {
 }
 pub(crate) use refused;
 
-/// Runs all suites on a device with sequential-required zones. Its contents are lost.
+/// What a device keeps of its zones beside what every device does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keeper {
+    /// An engine: written ends of finished zones, counters, what an operator sets, and what becomes of an opened zone that is
+    /// closed is the door's choice.
+    Engine,
+    /// A drive, which knows nothing of these.
+    Drive,
+}
+
+/// Looks at a device after each step of the suites.
+pub type Observer<'a> = &'a dyn Fn() -> LocalBoxFuture<'a, Result<(), String>>;
+
+/// Runs all suites on a device whose zones an engine keeps. Its contents are lost.
 pub async fn run(device: &Device) -> Result<(), Broken> {
+    run_as(device, Keeper::Engine, &|| Box::pin(async { Ok(()) })).await
+}
+
+/// Runs all suites on a device whose zones a drive keeps, by itself or behind a door. Its contents are lost.
+pub async fn run_on_drive(device: &Device) -> Result<(), Broken> {
+    run_as(device, Keeper::Drive, &|| Box::pin(async { Ok(()) })).await
+}
+
+/// As [`run_on_drive`], and `observer` looks at the drive after each step.
+pub async fn run_observed<'a>(device: &'a Device, observer: Observer<'a>) -> Result<(), Broken> {
+    run_as(device, Keeper::Drive, observer).await
+}
+
+async fn run_as<'a>(device: &'a Device, keeper: Keeper, observer: Observer<'a>) -> Result<(), Broken> {
     let Some(geometry) = device.limits().zoned else {
         return Err(Broken {
             suite: "limits",
@@ -67,31 +96,28 @@ pub async fn run(device: &Device) -> Result<(), Broken> {
         lane: device.lane(8),
         device,
         geometry,
+        keeper,
+        observer,
+        seen: RefCell::new(Ok(())),
     };
-    let broken = |suite| move |what| Broken { suite, what };
-    subject.renew().await.map_err(broken("renew"))?;
-    rules::limits(&subject).await.map_err(broken("limits"))?;
-    subject.renew().await.map_err(broken("renew"))?;
-    data::writes(&subject).await.map_err(broken("writes"))?;
-    subject.renew().await.map_err(broken("renew"))?;
-    data::appends(&subject).await.map_err(broken("appends"))?;
-    subject.renew().await.map_err(broken("renew"))?;
-    data::conventional(&subject)
-        .await
-        .map_err(broken("conventional zones"))?;
-    subject.renew().await.map_err(broken("renew"))?;
-    rules::transitions(&subject)
-        .await
-        .map_err(broken("transitions"))?;
-    subject.renew().await.map_err(broken("renew"))?;
-    rules::resources(&subject).await.map_err(broken("resources"))?;
-    subject.renew().await.map_err(broken("renew"))?;
-    rules::reports(&subject).await.map_err(broken("reports"))?;
-    subject.renew().await.map_err(broken("renew"))?;
-    rules::errors(&subject).await.map_err(broken("errors"))?;
-    subject.renew().await.map_err(broken("renew"))?;
-    rules::operator(&subject).await.map_err(broken("operator"))?;
-    subject.renew().await.map_err(broken("renew"))
+    let s = &subject;
+    s.suite("limits", rules::limits(s)).await?;
+    if s.is_preferred() {
+        s.suite("writes", preferred::writes(s)).await?;
+        s.suite("appends", preferred::appends(s)).await?;
+    } else {
+        s.suite("writes", data::writes(s)).await?;
+        s.suite("appends", data::appends(s)).await?;
+    }
+    s.suite("conventional zones", data::conventional(s)).await?;
+    s.suite("transitions", rules::transitions(s)).await?;
+    s.suite("resources", rules::resources(s)).await?;
+    s.suite("reports", rules::reports(s)).await?;
+    s.suite("errors", rules::errors(s)).await?;
+    if keeper == Keeper::Engine {
+        s.suite("operator", rules::operator(s)).await?;
+    }
+    s.suite("end", s.works()).await
 }
 
 /// The device under test.
@@ -99,12 +125,44 @@ pub(crate) struct Subject<'a> {
     device: &'a Device,
     lane: Lane,
     geometry: Geometry,
+    keeper: Keeper,
+    observer: Observer<'a>,
+    /// The first thing that the observer had to say.
+    seen: RefCell<Outcome>,
 }
 
 impl Subject<'_> {
+    /// One suite, on a device whose zones are all empty before and after it.
+    async fn suite(&self, suite: &'static str, run: impl Future<Output = Outcome>) -> Result<(), Broken> {
+        let broken = |what| Broken { suite, what };
+        self.renew().await.map_err(broken)?;
+        run.await.map_err(broken)?;
+        self.renew().await.map_err(broken)?;
+        self.seen.replace(Ok(())).map_err(broken)
+    }
+
+    /// A step was made.
+    async fn observe<T>(&self, what: std::fmt::Arguments<'_>, result: T) -> T {
+        let wanted = self.seen.borrow().is_ok();
+        if wanted && let Err(difference) = (self.observer)().await {
+            *self.seen.borrow_mut() = Err(format!("after {what}: {difference}"));
+        }
+        result
+    }
+
+    fn is_engine(&self) -> bool {
+        self.keeper == Keeper::Engine
+    }
+
+    /// Its sequential zones take writes anywhere.
+    fn is_preferred(&self) -> bool {
+        self.geometry.model() == Model::HostAware
+    }
+
     /// All zones normal and empty.
     async fn renew(&self) -> Outcome {
-        for zone in self.geometry.zones() {
+        let zones = self.geometry.zones().filter(|_| self.is_engine());
+        for zone in zones {
             let start = self.geometry.start(zone);
             self.device
                 .zone_op(&self.lane, ZoneOp::SetNormal, start)
@@ -160,8 +218,10 @@ impl Subject<'_> {
     async fn is(&self, zone: ZoneNo, condition: Condition, written: u64) -> Outcome {
         let info = self.info(zone).await?;
         let end = info.written_end - info.start;
+        // A full zone of a drive has no end of its own.
+        let same_end = end == written || (condition == Condition::Full && !self.is_engine());
         ensure!(
-            info.condition == condition && end == written,
+            info.condition == condition && same_end,
             "zone {zone} is {} with {end} bytes written, and should be {condition} with {written}",
             info.condition
         );
@@ -171,17 +231,29 @@ impl Subject<'_> {
     async fn write(&self, offset: u64, len: u64, byte: u8) -> Result<(), Error> {
         let buf = IoBuf::alloc(len as usize);
         buf.fill(0..len as usize, byte);
-        self.device.write(&self.lane, buf, offset).await
+        self.observe(
+            format_args!("a write of {len} bytes at {offset}"),
+            self.device.write(&self.lane, buf, offset).await,
+        )
+        .await
     }
 
     async fn append(&self, zone: ZoneNo, len: u64, byte: u8) -> Result<u64, Error> {
         let buf = IoBuf::alloc(len as usize);
         buf.fill(0..len as usize, byte);
-        self.device.append(&self.lane, buf, self.start(zone)).await
+        self.observe(
+            format_args!("an append of {len} bytes to zone {zone}"),
+            self.device.append(&self.lane, buf, self.start(zone)).await,
+        )
+        .await
     }
 
     async fn op(&self, zone: ZoneNo, op: ZoneOp) -> Result<(), Error> {
-        self.device.zone_op(&self.lane, op, self.start(zone)).await
+        self.observe(
+            format_args!("{op:?} of zone {zone}"),
+            self.device.zone_op(&self.lane, op, self.start(zone)).await,
+        )
+        .await
     }
 
     async fn read(&self, offset: u64, len: u64, cross: CrossZone) -> Result<Vec<u8>, Error> {
@@ -201,6 +273,19 @@ impl Subject<'_> {
                 offset + at as u64,
                 bytes[at]
             )),
+            None => Ok(()),
+        }
+    }
+
+    /// Nobody has written the range since the zone was reset: zeros from an engine. A drive may have a pattern of its own.
+    async fn unwritten(&self, offset: u64, len: u64) -> Outcome {
+        if self.is_engine() {
+            return self.holds(offset, len, 0).await;
+        }
+        let bytes = self.read(offset, len, CrossZone::Refuse).await;
+        let bytes = bytes.map_err(|e| format!("{len} bytes at {offset} cannot be read: {e}"))?;
+        match bytes.iter().find(|byte| !matches!(byte, 0 | 0xff)) {
+            Some(old) => Err(format!("old data ({old:#x}) can be read from {offset} on")),
             None => Ok(()),
         }
     }

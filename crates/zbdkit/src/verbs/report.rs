@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use zbdkit_zone::{Condition, Filter, ZoneInfo, ZoneType};
 
 use crate::args;
-use crate::image::{ImageArgs, Session, engine_of, looking};
+use crate::image::{ImageArgs, Session, looking, zones_of};
 use crate::output::Out;
 use crate::shapes;
 
@@ -113,7 +113,7 @@ pub fn run(args: &Report) -> anyhow::Result<()> {
     let graph = args.image.graph()?;
     let session = Session::new()?;
     let device = session.open(&graph, &looking(args.force_share))?;
-    engine_of(&device)?;
+    zones_of(&device)?;
     let size = device.limits().size;
     anyhow::ensure!(
         args.offset < size,

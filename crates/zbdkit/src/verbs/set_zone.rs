@@ -5,7 +5,7 @@ use zbdkit_block::ZoneOp;
 use zbdkit_zone::ZoneNo;
 
 use crate::args;
-use crate::image::{ImageArgs, Session, changing, engine_of};
+use crate::image::{ImageArgs, Session, changing, zones_of};
 use crate::output::Out;
 
 /// Make a zone read-only or offline, as a worn drive does, or take that back
@@ -56,7 +56,7 @@ pub fn run(args: &SetZone) -> anyhow::Result<()> {
         State::Normal => (ZoneOp::SetNormal, "normal"),
     };
     session.with(&graph, &changing(), async |device| {
-        let geometry = engine_of(device)?.geometry();
+        let geometry = zones_of(device)?;
         anyhow::ensure!(
             args.zone < geometry.nr_zones(),
             "there is no zone {}: the device has {} zones, numbered from 0",

@@ -5,7 +5,7 @@ use zbdkit_block::{Device, Lane, ZoneOp};
 use zbdkit_zone::{CloseEmpty, Geometry, ZoneNo};
 
 use crate::args;
-use crate::image::{ImageArgs, Session, changing, engine_of};
+use crate::image::{ImageArgs, Session, changing, zones_of};
 use crate::output::{Out, Usage, complain};
 
 /// Which zones of which image; the verb says what is done to them.
@@ -104,17 +104,19 @@ pub fn run(op: Op, args: &Zones) -> anyhow::Result<()> {
     }
     let graph = args.image.graph()?;
     let session = Session::new()?;
-    let done = session.with(&graph, &changing(), async |device| {
-        let geometry = engine_of(device)?.geometry();
+    let (done, is_drive) = session.with(&graph, &changing(), async |device| {
+        let geometry = zones_of(device)?;
+        // A drive keeps its zones open by itself.
+        let is_drive = device.engine().is_none();
         let lane = device.lane(1);
         if op == Op::Reset && args.all {
             device.reset_all(&lane).await?;
-            return Ok(None);
+            return Ok((None, is_drive));
         }
-        let zones = range(geometry, args)?;
+        let zones = range(&geometry, args)?;
         let count = zones.len() as u32;
         each(device, &lane, op, zones).await?;
-        Ok(Some(count))
+        Ok((Some(count), is_drive))
     })?;
     if !args.quiet {
         let (_, past) = op.words();
@@ -125,7 +127,7 @@ pub fn run(op: Op, args: &Zones) -> anyhow::Result<()> {
             Some(n) => format!("{past} {n} zones"),
         })?;
         out.flush()?;
-        if op == Op::Open {
+        if op == Op::Open && !is_drive {
             complain("note: this process is done with the image, so the zones are not open any more");
         }
     }

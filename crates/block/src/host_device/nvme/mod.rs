@@ -20,6 +20,8 @@ pub use facts::{KernelLimits, NamespaceFacts, ZrwaFacts};
 use namespace::Namespace;
 use storage::NamespaceStorage;
 
+pub(crate) use open::is_nvme_namespace;
+
 use super::drive::{Drive, DriveFacts};
 use super::sysfs::ZoneFacts;
 use crate::error::{Error, OpenError};

@@ -1,6 +1,8 @@
 //! Commands to a zoned namespace.
 
-use zbdkit_io::{File, IoBuf, NvmeCommand, NvmeQueue};
+use std::time::Duration;
+
+use zbdkit_io::{File, IoBuf, NvmeCommand, NvmeQueue, sleep};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::{
     AdminOpcode, Cns, Csi, IDENTIFY_BYTES, IdentifyCdw10, IdentifyCdw11, StatusField,
@@ -17,6 +19,10 @@ use crate::error::Error;
 
 /// Zones reported by one command at most: a quarter of a MiB of answer.
 const REPORT_MAX: usize = 4096;
+
+/// How often a command that the drive has not begun is sent again, and after how long.
+const ATTEMPTS: u32 = 5;
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// A zoned namespace and the device that commands to it go through. Offsets and lengths are bytes, whole blocks.
 pub(super) struct Namespace {
@@ -223,9 +229,8 @@ impl Namespace {
         match self.send(command, data).await {
             Ok(Ok(result)) => Ok(result),
             Ok(Err(status)) => {
-                let zones = self.report(failed.offset, 1).await?;
-                let zone = zones.first().ok_or(NONSENSE)?;
-                Err(failed.error(status, zone, &self.facts))
+                let zones = self.report(failed.offset, 1).await.unwrap_or_default();
+                Err(failed.error(status, zones.first(), &self.facts))
             }
             Err(error) => Err(Error::io(failed.op, &error)),
         }
@@ -327,10 +332,19 @@ async fn identify<T: FromBytes + IntoBytes>(
     })
 }
 
+/// Sends a command. One that the drive could not begin, and says may be sent again, is.
 async fn send(device: &File, command: NvmeCommand, data: IoBuf) -> std::io::Result<Result<u64, Status>> {
-    let answer = device.nvme(command, data).await?;
-    Ok(match StatusField::from_bits(answer.status).status() {
-        Status::SUCCESS => Ok(answer.result),
-        status => Err(status),
-    })
+    let mut attempt = 1;
+    loop {
+        let answer = device.nvme(command, data.clone()).await?;
+        let field = StatusField::from_bits(answer.status);
+        match field.status() {
+            Status::SUCCESS => return Ok(Ok(answer.result)),
+            Status::NAMESPACE_NOT_READY | Status::ANA_TRANSITION if attempt < ATTEMPTS && !field.dnr() => {
+                attempt += 1;
+                sleep(PAUSE).await;
+            }
+            status => return Ok(Err(status)),
+        }
+    }
 }

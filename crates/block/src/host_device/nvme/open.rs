@@ -64,11 +64,28 @@ fn open(path: &Path, read_only: bool) -> Result<Opened, OpenError> {
     })
 }
 
-/// Where sysfs has the block device of the namespace whose character device has this number.
-fn block_device(sysfs: &Path, number: DeviceNumber) -> Option<PathBuf> {
+/// Whether there is the character device of a namespace at a path.
+pub(crate) fn is_nvme_namespace(path: &Path) -> bool {
+    let Ok(stat) = rustix::fs::stat(path) else {
+        return false;
+    };
+    let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
+    kind == rustix::fs::FileType::CharacterDevice
+        && generic_name(Path::new("/sys"), DeviceNumber::of(stat.st_rdev)).is_some()
+}
+
+/// Where sysfs has the character device of this number, if that is one of a namespace, and what follows `ng` in its name.
+fn generic_name(sysfs: &Path, number: DeviceNumber) -> Option<(PathBuf, String)> {
     let link = sysfs.join("dev/char").join(number.to_string());
     let dir = fs::canonicalize(link).ok()?;
-    let name = dir.file_name()?.to_str()?.strip_prefix("ng")?;
+    let name = dir.file_name()?.to_str()?.strip_prefix("ng")?.to_owned();
+    name.starts_with(|first: char| first.is_ascii_digit())
+        .then_some((dir, name))
+}
+
+/// Where sysfs has the block device of the namespace whose character device has this number.
+fn block_device(sysfs: &Path, number: DeviceNumber) -> Option<PathBuf> {
+    let (dir, name) = generic_name(sysfs, number)?;
     let block = dir.parent()?.join(format!("nvme{name}"));
     block.join("queue").exists().then_some(block)
 }

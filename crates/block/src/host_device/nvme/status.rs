@@ -1,7 +1,7 @@
 //! What a drive's status means.
 
 use zbdkit_spec::nvme::Status;
-use zbdkit_zone::{ZoneError, ZoneInfo};
+use zbdkit_zone::{Condition, Counters, ZoneError, ZoneInfo, ZoneNo, ZoneType};
 
 use super::facts::NamespaceFacts;
 use crate::error::Error;
@@ -19,14 +19,16 @@ pub(super) struct Failed {
 
 impl Failed {
     /// The error that a status is. `zone` is where the request starts, as reported after it failed; the values of some errors
-    /// come from there.
-    pub(super) fn error(self, status: Status, zone: &ZoneInfo, facts: &NamespaceFacts) -> Error {
+    /// come from there. Without a report they are those of a zone of which nothing is known.
+    pub(super) fn error(self, status: Status, zone: Option<&ZoneInfo>, facts: &NamespaceFacts) -> Error {
         let Failed { op, offset, len } = self;
+        let zone = zone.copied().unwrap_or_else(|| unknown(offset, facts));
         let no = zone.zone;
         let io = |errno| Error::Io { op, errno };
         match status {
             Status::ZONE_BOUNDARY_ERROR => {
-                let (end, writable) = (zone.start + zone.len, zone.start + zone.capacity);
+                let end = zone.start.saturating_add(zone.len);
+                let writable = zone.start.saturating_add(zone.capacity);
                 match offset.saturating_add(len) <= end {
                     true => ZoneError::ExceedsCapacity {
                         zone: no,
@@ -100,11 +102,26 @@ impl Failed {
     }
 }
 
+fn unknown(offset: u64, facts: &NamespaceFacts) -> ZoneInfo {
+    let number = u32::try_from(offset / facts.zone_size).unwrap_or(u32::MAX);
+    let start = u64::from(number).saturating_mul(facts.zone_size);
+    ZoneInfo {
+        zone: ZoneNo(number),
+        start,
+        len: facts.zone_size,
+        capacity: facts.zone_size,
+        wp: start,
+        written_end: start,
+        kind: ZoneType::SequentialRequired,
+        condition: Condition::Empty,
+        counters: Counters::default(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::host_device::nvme::facts::tests_support::facts;
-    use zbdkit_zone::{Condition, Counters, ZoneNo, ZoneType};
 
     const START: u64 = 0x4000 * 4096;
     const ZONE: ZoneInfo = ZoneInfo {
@@ -129,7 +146,7 @@ mod tests {
             offset,
             len,
         };
-        failed.error(status, &ZONE, &facts())
+        failed.error(status, Some(&ZONE), &facts())
     }
 
     #[test]
@@ -193,6 +210,16 @@ mod tests {
             error(Status::ZONE_BOUNDARY_ERROR, offset, len),
             Error::Zone(expected)
         );
+    }
+
+    #[test]
+    fn the_reason_is_kept_where_the_zone_cannot_be_reported() {
+        let (op, offset, len) = ("write", START + 4096, 4096);
+        let error = Failed { op, offset, len }.error(Status::ZONE_IS_FULL, None, &facts());
+        assert_eq!(error, Error::Zone(ZoneError::Full { zone: ZoneNo(1) }));
+        let offset = u64::MAX;
+        let error = Failed { op, offset, len }.error(Status::LBA_OUT_OF_RANGE, None, &facts());
+        assert!(matches!(error, Error::OutOfRange { .. }));
     }
 
     #[test]

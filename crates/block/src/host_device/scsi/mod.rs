@@ -5,21 +5,23 @@
 mod report;
 mod status;
 
+use std::io;
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
 
 use zbdkit_io::{File, unblock};
 use zbdkit_spec::scsi::{
-    BlockDeviceCharacteristics, InquiryCdb, ReportZonesCdb, SenseKey, VpdPage, ZoneOut, ZoneOutCdb, Zoned,
+    BlockDeviceCharacteristics, InquiryCdb, NOT_REPORTED, ReportZonesCdb, SenseKey, VpdPage, ZoneOut,
+    ZoneOutCdb, Zoned, ZonedCharacteristics, ZonedFlags,
 };
 use zbdkit_zone::{Model, ZoneInfo, ZoneType};
+use zerocopy::big_endian::U32;
 use zerocopy::{FromBytes, IntoBytes};
 
 use self::report::{Place, bytes_of};
 use super::drive::{Drive, DriveFacts};
 use super::sg::{self, Outcome};
 use super::sysfs::{BlockFacts, ZoneFacts};
-use crate::error::{Error, OpenError};
+use crate::error::Error;
 use crate::node::{Request, ZoneOp};
 use status::error;
 
@@ -39,53 +41,31 @@ pub struct ScsiDrive {
     file: File,
 }
 
+/// What a disk says about how its zones are used best (page B6h; ZBC-2, 6.5.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ZoneAdvice {
+    /// How many sequential-preferred zones are best open at a time, where it says so.
+    pub open: Option<u32>,
+    /// How many of them are best written otherwise than in sequence, where it says so.
+    pub non_sequential: Option<u32>,
+    /// Sequential-required zones can be read above their pointers (URSWRZ).
+    pub reads_above_pointer: bool,
+}
+
 impl ScsiDrive {
-    /// The drive behind an opened whole disk, if it is a host-aware SCSI disk. `None` for any other disk, and for one that
-    /// cannot be asked.
-    ///
-    /// # Errors
-    /// The disk says that it is host-aware and does not report its zones, or not in a way that makes sense.
-    pub async fn probe(
-        path: PathBuf,
-        disk: &BlockFacts,
-        file: File,
-        read_only: bool,
-    ) -> Result<Option<ScsiDrive>, OpenError> {
-        let place = Place {
-            block_size: disk.logical_block_size,
-            zone_size: 0,
-        };
-        let is_disk = disk.name.starts_with("sd") && disk.partition_of.is_none();
-        if !is_disk || !is_host_aware(&file, place).await {
-            return Ok(None);
+    /// The drive behind an opened whole disk, whose zones [`zone_facts`] has found.
+    pub fn new(facts: DriveFacts, file: File) -> ScsiDrive {
+        ScsiDrive { facts, file }
+    }
+
+    /// What the disk advises; `None` where it has no page for that, or cannot be asked.
+    pub async fn advice(&self) -> Option<ZoneAdvice> {
+        let cdb = InquiryCdb::vpd(VpdPage::ZONED_BLOCK_DEVICE_CHARACTERISTICS, PAGE_BYTES);
+        let answer = execute(&self.file, "inquiry", cdb.as_bytes(), PAGE_BYTES.into()).await;
+        match answer.ok()? {
+            (Outcome::Good(came), data) => advice(data.get(..came)?),
+            _ => None,
         }
-        let first = report(&file, place, 0, 1).await?;
-        let zone_size = first.first().map_or(0, |zone| zone.len);
-        let nr_zones = disk
-            .size
-            .checked_div(zone_size)
-            .map(|whole| whole + u64::from(!disk.size.is_multiple_of(zone_size)))
-            .and_then(|zones| u32::try_from(zones).ok());
-        let Some(nr_zones) = nr_zones else {
-            return Err(OpenError::data(&path, "its zone report makes no sense"));
-        };
-        let facts = DriveFacts {
-            path,
-            size: disk.size,
-            block_size: disk.logical_block_size,
-            read_only: read_only || disk.read_only,
-            zones: ZoneFacts {
-                model: Model::HostAware,
-                zone_size,
-                nr_zones,
-                // Host-aware disks have a best number of open zones, and no limit: they close what they must.
-                max_open: 0,
-                max_active: 0,
-                max_append: 0,
-                write_granularity: disk.logical_block_size,
-            },
-        };
-        Ok(Some(ScsiDrive { facts, file }))
     }
 
     fn place(&self) -> Place {
@@ -137,12 +117,61 @@ impl Drive for ScsiDrive {
     }
 }
 
+/// Whether a disk may have zones that the kernel does not show.
+pub(super) fn may_hide_zones(disk: &BlockFacts) -> bool {
+    disk.name.starts_with("sd") && disk.partition_of.is_none() && disk.zones.is_none()
+}
+
+/// The zones of a disk, if it is a host-aware SCSI disk. `None` for any other disk, and for one that cannot be asked.
+/// Blocks until it has answered.
+///
+/// # Errors
+/// The disk is host-aware and reports zones that make no sense.
+pub fn zone_facts(fd: BorrowedFd<'_>, disk: &BlockFacts) -> io::Result<Option<ZoneFacts>> {
+    let place = Place {
+        block_size: disk.logical_block_size,
+        zone_size: 0,
+    };
+    let said = zoned(fd);
+    if !matches!(said, Some(Zoned::HOST_AWARE | Zoned::NOT_REPORTED)) {
+        return Ok(None);
+    }
+    // Linux's scsi_debug leaves the page's field empty. Then a disk that reports such zones is host-aware.
+    let zones = match first_zones(fd, place) {
+        Some(zones) if said == Some(Zoned::HOST_AWARE) || zones.iter().any(is_preferred) => zones,
+        Some(_) => return Ok(None),
+        None if said == Some(Zoned::NOT_REPORTED) => return Ok(None),
+        None => return Err(nonsense()),
+    };
+    let zone_size = zones.first().map_or(0, |zone| zone.len);
+    if zone_size == 0 {
+        return Err(nonsense());
+    }
+    Ok(Some(ZoneFacts {
+        model: Model::HostAware,
+        zone_size,
+        nr_zones: u32::try_from(disk.size.div_ceil(zone_size)).map_err(|_| nonsense())?,
+        // Host-aware disks have a best number of open zones, and no limit: they close what they must.
+        max_open: 0,
+        max_active: 0,
+        max_append: 0,
+        write_granularity: disk.logical_block_size,
+    }))
+}
+
+fn is_preferred(zone: &ZoneInfo) -> bool {
+    zone.kind == ZoneType::SequentialPreferred
+}
+
+fn nonsense() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "its zone report makes no sense")
+}
+
 /// What the disk says of zones (page B1h). A disk that does not know that page, or takes no commands, says nothing at
 /// all.
-async fn zoned(file: &File) -> Option<Zoned> {
+fn zoned(fd: BorrowedFd<'_>) -> Option<Zoned> {
     let cdb = InquiryCdb::vpd(VpdPage::BLOCK_DEVICE_CHARACTERISTICS, PAGE_BYTES);
-    let answer = execute(file, "inquiry", cdb.as_bytes(), PAGE_BYTES.into()).await;
-    let Ok((Outcome::Good(came), data)) = answer else {
+    let (Outcome::Good(came), data) = attentive(fd, cdb.as_bytes(), PAGE_BYTES.into()).ok()? else {
         return None;
     };
     let (page, _) = BlockDeviceCharacteristics::read_from_prefix(data.get(..came)?).ok()?;
@@ -150,18 +179,24 @@ async fn zoned(file: &File) -> Option<Zoned> {
     is_it.then(|| page.zoned())
 }
 
-/// Whether the disk is host-aware. Where its page leaves that open, as Linux's scsi_debug does, it is if it reports
-/// such zones.
-async fn is_host_aware(file: &File, place: Place) -> bool {
-    match zoned(file).await {
-        Some(Zoned::HOST_AWARE) => true,
-        Some(Zoned::NOT_REPORTED) => {
-            let is_preferred = |zone: &ZoneInfo| zone.kind == ZoneType::SequentialPreferred;
-            let zones = report(file, place, 0, REPORT_MAX).await;
-            zones.is_ok_and(|zones| zones.iter().any(is_preferred))
-        }
-        _ => false,
-    }
+fn advice(page: &[u8]) -> Option<ZoneAdvice> {
+    let (page, _) = ZonedCharacteristics::read_from_prefix(page).ok()?;
+    let number = |count: U32| (count.get() != NOT_REPORTED).then_some(count.get());
+    (VpdPage(page.header.page) == VpdPage::ZONED_BLOCK_DEVICE_CHARACTERISTICS).then(|| ZoneAdvice {
+        open: number(page.optimal_open_preferred),
+        non_sequential: number(page.optimal_non_sequential_preferred),
+        reads_above_pointer: ZonedFlags::from_bits(page.flags).urswrz(),
+    })
+}
+
+/// The first zones of the disk, if it reports any.
+fn first_zones(fd: BorrowedFd<'_>, place: Place) -> Option<Vec<ZoneInfo>> {
+    let len = bytes_of(REPORT_MAX);
+    let cdb = ReportZonesCdb::partial(0, len as u32);
+    let (Outcome::Good(came), data) = attentive(fd, cdb.as_bytes(), len).ok()? else {
+        return None;
+    };
+    report::parse(data.get(..came)?, place)
 }
 
 /// REPORT ZONES from the zone that holds byte `from`.
@@ -185,13 +220,13 @@ async fn execute(file: &File, op: &'static str, cdb: &[u8], len: usize) -> Resul
     let (file, cdb) = (file.clone(), cdb.to_vec());
     let outcome = unblock(move || match file.as_fd() {
         Some(fd) => attentive(fd, &cdb, len),
-        None => Err(std::io::ErrorKind::Unsupported.into()),
+        None => Err(io::ErrorKind::Unsupported.into()),
     });
     outcome.await.map_err(|error| Error::io(op, &error))
 }
 
 /// Sends a command again where the disk wanted to say something else first.
-fn attentive(fd: BorrowedFd<'_>, cdb: &[u8], len: usize) -> std::io::Result<(Outcome, Vec<u8>)> {
+fn attentive(fd: BorrowedFd<'_>, cdb: &[u8], len: usize) -> io::Result<(Outcome, Vec<u8>)> {
     let mut data = vec![0; len];
     let mut outcome = sg::execute(fd, cdb, &mut data)?;
     for _ in 0..ATTENTIONS {
@@ -203,4 +238,25 @@ fn attentive(fd: BorrowedFd<'_>, cdb: &[u8], len: usize) -> std::io::Result<(Out
         }
     }
     Ok((outcome, data))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_is_taken_from_its_page_and_none_is_none() {
+        let mut page = vec![0; 64];
+        page[..5].copy_from_slice(&[0, 0xb6, 0, 0x3c, 1]);
+        page[8..16].copy_from_slice(&[0, 0, 0, 128, 0xff, 0xff, 0xff, 0xff]);
+        let expected = ZoneAdvice {
+            open: Some(128),
+            non_sequential: None,
+            reads_above_pointer: true,
+        };
+        assert_eq!(advice(&page), Some(expected));
+        assert_eq!(advice(&page[..12]), None);
+        page[1] = 0xb1;
+        assert_eq!(advice(&page), None, "another page");
+    }
 }

@@ -1,37 +1,35 @@
 //! Rules of host-aware SCSI disks, held against a real one: the environment variable `ZBDKIT_TEST_SCSI` names it. Everything
 //! on it is lost. The guest job `scsi` runs this on scsi_debug.
 
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::process::Command;
 
-use zbdkit_block::ZoneOp;
-use zbdkit_block::host_device::sysfs::{DeviceNumber, Sysfs};
-use zbdkit_block::host_device::{Drive, ScsiDrive};
-use zbdkit_io::{File, FileKind, IoBuf, Runtime, RuntimeOptions};
+use zbdkit_block::host_device::{Drive, DriveFacts, ScsiDrive, block_facts};
+use zbdkit_block::{FileOptions, Host, OsHost, ZoneOp};
+use zbdkit_io::{IoBuf, Runtime, RuntimeOptions};
+use zbdkit_testkit::reported;
 use zbdkit_zone::{CloseEmpty, Condition, Model, ZoneInfo, ZoneType};
 
-/// `O_DIRECT` of Linux.
-fn direct() -> i32 {
-    rustix::fs::OFlags::DIRECT.bits() as i32
-}
-
-async fn open() -> ScsiDrive {
+fn open() -> ScsiDrive {
     let path = PathBuf::from(std::env::var_os("ZBDKIT_TEST_SCSI").expect("ZBDKIT_TEST_SCSI names a disk"));
-    let disk = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .custom_flags(direct())
-        .open(&path)
-        .unwrap();
-    let number = DeviceNumber::of(rustix::fs::fstat(&disk).unwrap().st_rdev);
-    let facts = Sysfs::default().device(number).unwrap();
-    let kind = FileKind {
+    let facts = block_facts(&OsHost, &path).unwrap().expect("a disk");
+    assert!(
+        facts.zones_by_command,
+        "a host-aware disk of a kernel that hides its zones"
+    );
+    let options = FileOptions {
+        direct: true,
         direct_align: Some(facts.logical_block_size),
+        ..FileOptions::existing(false)
     };
-    let file = File::from_fd(disk.into(), kind);
-    let drive = ScsiDrive::probe(path, &facts, file, false).await.unwrap();
-    drive.expect("a host-aware disk")
+    let file = OsHost.open(&path, &options).expect("the disk");
+    let about = DriveFacts {
+        path,
+        size: facts.size,
+        block_size: facts.logical_block_size,
+        read_only: false,
+        zones: facts.zones.expect("zones"),
+    };
+    ScsiDrive::new(about, file)
 }
 
 async fn zones(drive: &ScsiDrive) -> Vec<ZoneInfo> {
@@ -44,44 +42,8 @@ async fn zones(drive: &ScsiDrive) -> Vec<ZoneInfo> {
         // A few at a time, so that reports join.
         zones.extend(drive.report(at, 3).await.unwrap());
     }
-    as_sg3_utils_have_it(drive, &zones);
+    reported::same_zones(&zones, &facts.path, facts.block_size).unwrap();
     zones
-}
-
-/// Holds a report against the bytes that `sg_rep_zones --raw` gets.
-fn as_sg3_utils_have_it(drive: &ScsiDrive, ours: &[ZoneInfo]) {
-    let facts = drive.facts();
-    let shown = Command::new("sg_rep_zones")
-        .args(["--raw", "--maxlen=262144"])
-        .arg(&facts.path)
-        .output()
-        .expect("sg3_utils");
-    let block = u64::from(facts.block_size);
-    let number = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().unwrap()).wrapping_mul(block);
-    let theirs: Vec<_> = shown.stdout[64..]
-        .chunks_exact(64)
-        .map(|zone| {
-            let positions = [&zone[8..16], &zone[16..24], &zone[24..32]].map(number);
-            (zone[0] & 15, zone[1] >> 4, positions)
-        })
-        .collect();
-    assert_eq!(ours.len(), theirs.len());
-    assert_eq!(ours.len(), facts.zones.nr_zones as usize);
-    for (zone, (kind, condition, [len, start, wp])) in ours.iter().zip(theirs) {
-        assert_eq!(
-            (zone.kind as u8, zone.condition as u8),
-            (kind, condition),
-            "{zone:?}"
-        );
-        assert_eq!((zone.start, zone.len), (start, len));
-        let valid = !matches!(
-            zone.condition,
-            Condition::NotWritePointer | Condition::Full | Condition::ReadOnly | Condition::Offline
-        );
-        if valid {
-            assert_eq!(zone.wp, wp, "{zone:?}");
-        }
-    }
 }
 
 async fn write(drive: &ScsiDrive, offset: u64, seed: u8) {
@@ -101,7 +63,7 @@ async fn read(drive: &ScsiDrive, offset: u64) -> Vec<u8> {
 fn a_report_follows_every_operation() {
     let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
     runtime.block_on(async {
-        let drive = open().await;
+        let drive = open();
         assert_eq!(drive.facts().zones.model, Model::HostAware);
         drive.reset_all().await.unwrap();
         let all = zones(&drive).await;
@@ -164,7 +126,7 @@ fn a_report_follows_every_operation() {
 fn what_the_disk_refuses_is_an_error() {
     let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
     runtime.block_on(async {
-        let drive = open().await;
+        let drive = open();
         let all = zones(&drive).await;
         if let Some(zone) = all.iter().find(|zone| zone.kind == ZoneType::Conventional) {
             assert!(drive.zone_op(ZoneOp::Open, zone.start, zone.len).await.is_err());
@@ -186,32 +148,5 @@ fn what_the_disk_refuses_is_an_error() {
         );
         // And not because everything is refused.
         drive.zone_op(ZoneOp::Reset, zone.start, zone.len).await.unwrap();
-    });
-}
-
-#[test]
-fn an_ordinary_file_is_no_host_aware_disk() {
-    let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
-    let sysfs = tempfile::tempdir().unwrap();
-    let disk = sysfs.path().join("sdz");
-    for dir in ["queue", "holders"] {
-        std::fs::create_dir_all(disk.join(dir)).unwrap();
-    }
-    std::fs::create_dir_all(sysfs.path().join("dev/block")).unwrap();
-    std::os::unix::fs::symlink(&disk, sysfs.path().join("dev/block/8:400")).unwrap();
-    for (name, value) in [
-        ("size", "2048"),
-        ("dev", "8:400"),
-        ("ro", "0"),
-        ("queue/logical_block_size", "512"),
-        ("queue/physical_block_size", "512"),
-    ] {
-        std::fs::write(disk.join(name), value).unwrap();
-    }
-    let facts = Sysfs::new(sysfs.path()).device("8:400".parse().unwrap()).unwrap();
-    runtime.block_on(async {
-        let file = File::from_fd(tempfile::tempfile().unwrap().into(), FileKind::default());
-        let probed = ScsiDrive::probe("it".into(), &facts, file, false).await.unwrap();
-        assert!(probed.is_none());
     });
 }

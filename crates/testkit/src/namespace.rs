@@ -1,7 +1,7 @@
 //! A zoned namespace that plays by the rules of the ZNS command set, in memory: naive, small, for tests.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use zbdkit_io::{IoBuf, LocalBoxFuture, NvmeCommand, NvmeCompletion, NvmeQueue, Storage, StorageOp};
 use zbdkit_spec::nvme::Status;
@@ -12,16 +12,21 @@ use zbdkit_spec::nvme::zns::{
 };
 use zerocopy::{FromZeros, IntoBytes};
 
+/// Bytes of a block.
 pub const BLOCK: u64 = 4096;
+/// Number of zones.
 pub const ZONES: u64 = 8;
-/// Blocks.
+/// Blocks of a zone.
 pub const ZONE_SIZE: u64 = 256;
-/// Blocks.
+/// Blocks that a zone holds.
 pub const CAPACITY: u64 = 192;
+/// Zones that may be open.
 pub const MAX_OPEN: u32 = 3;
+/// Zones that may be open or closed.
 pub const MAX_ACTIVE: u32 = 5;
 /// Transfers of at most 1 << this pages.
 pub const MDTS: u8 = 4;
+/// Appends of at most 1 << this pages.
 pub const ZASL: u8 = 3;
 /// Blocks.
 const ZRWA_SIZE: u64 = 16;
@@ -40,6 +45,8 @@ struct State {
     zones: Vec<Zone>,
     data: Vec<u8>,
     flushes: u32,
+    /// Commands that it is not ready for yet.
+    not_ready: u32,
 }
 
 /// The namespace, as the storage of a character device.
@@ -48,6 +55,7 @@ pub struct Simulated {
 }
 
 impl Simulated {
+    /// An empty namespace, number 1 of its controller.
     pub fn new() -> Arc<Simulated> {
         let zone = |number| Zone {
             state: ZoneState::EMPTY,
@@ -60,18 +68,27 @@ impl Simulated {
                 zones: (0..ZONES).map(zone).collect(),
                 data: vec![0; (ZONES * ZONE_SIZE * BLOCK) as usize],
                 flushes: 0,
+                not_ready: 0,
             }),
         })
     }
 
     /// How many flushes there were.
     pub fn flushes(&self) -> u32 {
-        self.state.lock().unwrap().flushes
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).flushes
+    }
+
+    /// The next I/O commands are answered with that the namespace is not ready.
+    pub fn not_ready_for(&self, commands: u32) {
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .not_ready = commands;
     }
 
     /// Puts a zone into a state that no command brings about.
     pub fn break_zone(&self, zone: usize, state: ZoneState) {
-        self.state.lock().unwrap().zones[zone].state = state;
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).zones[zone].state = state;
     }
 }
 
@@ -89,9 +106,17 @@ impl Storage for Simulated {
     }
 
     fn nvme(&self, command: NvmeCommand, buf: IoBuf) -> LocalBoxFuture<'static, io::Result<NvmeCompletion>> {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let answer = match command.queue {
             NvmeQueue::Admin => identify(&command, &buf),
+            NvmeQueue::Io if state.not_ready > 0 => {
+                state.not_ready -= 1;
+                let completion = NvmeCompletion {
+                    status: Status::NAMESPACE_NOT_READY.0,
+                    result: 0,
+                };
+                return Box::pin(async move { Ok(completion) });
+            }
             NvmeQueue::Io => state.io(&command, &buf),
         };
         let completion = match answer {

@@ -1,24 +1,23 @@
 //! Rules of zoned namespaces, each held against a simulated one, and against a real one where the environment variable
 //! `ZBDKIT_TEST_NVME` names its character device. Everything on it is lost.
 //!
-//! That one has the geometry of the simulated one, its limits, extensions and random write areas:
-//! `support/namespace.rs` has the numbers, and the guest job `nvme` QEMU's options for them.
-
-#[path = "support/namespace.rs"]
-mod namespace;
+//! That one has the geometry of the simulated one, its limits, extensions and random write areas; the guest job `nvme` gives
+//! QEMU the options for them.
 
 use std::future::{Future, poll_fn};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 
-use namespace::{BLOCK, CAPACITY, MAX_ACTIVE, MAX_OPEN, MDTS, Simulated, ZASL, ZONE_SIZE, ZONES};
-use zbdkit_block::host_device::{Drive, KernelLimits, NvmeDrive};
-use zbdkit_block::{Error, OpenError, ZoneOp};
+use zbdkit_block::host_device::{Drive, HostDeviceNode, KernelLimits, NvmeDrive};
+use zbdkit_block::{Device, Error, OpenError, ZoneOp};
 use zbdkit_io::{File, IoBuf, Runtime, RuntimeOptions};
 use zbdkit_spec::nvme::zns::ZoneState;
+use zbdkit_testkit::namespace::{
+    BLOCK, CAPACITY, MAX_ACTIVE, MAX_OPEN, MDTS, Simulated, ZASL, ZONE_SIZE, ZONES,
+};
+use zbdkit_testkit::{conformance, reported};
 use zbdkit_zone::{CloseEmpty, Condition, ZoneError, ZoneInfo, ZoneNo};
 
 const ZONE: u64 = ZONE_SIZE * BLOCK;
@@ -94,46 +93,12 @@ async fn op(drive: &NvmeDrive, op: ZoneOp, number: u64) -> Result<(), Error> {
     result
 }
 
-/// Holds the report of a real namespace against `nvme zns report-zones`, whose lines read
-/// `SLBA: 0x100 WP: 0x101 Cap: 0xc0 State: 0x20 Type: 0x2 Attrs: 0 AttrsInfo: 0`.
+/// Holds the report of a real namespace against nvme-cli's.
 async fn as_nvme_cli_has_it(drive: &NvmeDrive) {
     let path = &drive.facts().path;
-    if !path.starts_with("/dev") {
-        return;
-    }
-    let shown = Command::new("nvme")
-        .args(["zns", "report-zones"])
-        .arg(path)
-        .output();
-    let shown = String::from_utf8(shown.expect("nvme-cli").stdout).unwrap();
-    let number = |text: &str| match text.strip_prefix("0x") {
-        Some(hex) => u64::from_str_radix(hex, 16).unwrap(),
-        None => text.parse().unwrap(),
-    };
-    let theirs: Vec<_> = shown
-        .lines()
-        .filter(|line| line.starts_with("SLBA"))
-        .map(|line| {
-            let words: Vec<&str> = line.split_whitespace().collect();
-            [1, 3, 5, 7].map(|at| number(words[at]))
-        })
-        .collect();
-    let ours: Vec<_> = drive.report(0, ZONES as usize).await.unwrap();
-    assert_eq!(
-        (ours.len(), theirs.len()),
-        (ZONES as usize, ZONES as usize),
-        "{shown}"
-    );
-    for (zone, [slba, wp, capacity, state]) in ours.iter().zip(theirs) {
-        let condition = zone.condition as u64;
-        assert_eq!(
-            (zone.start, zone.capacity, condition << 4),
-            (slba * BLOCK, capacity * BLOCK, state)
-        );
-        // A full zone has no pointer.
-        if zone.condition != Condition::Full {
-            assert_eq!(zone.wp, wp * BLOCK, "{shown}");
-        }
+    if path.starts_with("/dev") {
+        let ours = drive.report(0, ZONES as usize).await.unwrap();
+        reported::same_zones(&ours, path, BLOCK as u32).unwrap();
     }
 }
 
@@ -437,6 +402,16 @@ fn a_random_write_area_is_overwritten_until_it_is_flushed() {
 }
 
 #[test]
+fn a_namespace_conforms() {
+    on_each(|drive| async move {
+        let node = HostDeviceNode::open(Arc::new(drive)).await.unwrap();
+        if let Err(broken) = conformance::run_on_drive(&Device::new(Arc::new(node))).await {
+            panic!("{broken}");
+        }
+    });
+}
+
+#[test]
 fn zones_that_broke_say_so() {
     on_simulated(|drive, namespace| async move {
         write(&drive, 0, BLOCK, 1).await.unwrap();
@@ -457,6 +432,20 @@ fn a_flush_reaches_the_drive() {
     on_simulated(|drive, namespace| async move {
         drive.file().datasync().await.unwrap();
         assert_eq!(namespace.flushes(), 1);
+    });
+}
+
+#[test]
+fn a_namespace_that_is_not_ready_is_asked_again_but_not_for_ever() {
+    on_simulated(|drive, namespace| async move {
+        namespace.not_ready_for(2);
+        write(&drive, 0, BLOCK, 1).await.unwrap();
+        assert_eq!(zone(&drive, 0).await.wp, BLOCK);
+        namespace.not_ready_for(u32::MAX);
+        let error = drive.report(0, 1).await.unwrap_err();
+        assert_eq!(error.errno(), rustix::io::Errno::IO.raw_os_error());
+        namespace.not_ready_for(0);
+        write(&drive, BLOCK, BLOCK, 1).await.unwrap();
     });
 }
 

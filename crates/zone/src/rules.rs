@@ -1,0 +1,101 @@
+//! Rules that need no engine: whoever keeps the state of a zone elsewhere, as a real drive does, asks them directly.
+
+use crate::error::ZoneError;
+use crate::types::{Condition, ZoneNo, ZoneType};
+
+/// What decides whether a sequential-required zone takes a write. Positions are absolute bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Writable {
+    /// The zone.
+    pub zone: ZoneNo,
+    /// Its condition.
+    pub condition: Condition,
+    /// Where the next write must start, the writes in flight taken into account.
+    pub wp: u64,
+    /// The end of its writable bytes.
+    pub end: u64,
+}
+
+impl Writable {
+    /// Where a write of `len` bytes at `offset` goes, or an append, which goes wherever it is put. Range, alignment and the
+    /// zone's boundary were checked before; resources are not looked at.
+    ///
+    /// # Errors
+    /// The first rule that it breaks: offline, read-only, full, not at the write pointer, beyond the capacity.
+    pub fn place(&self, offset: Option<u64>, len: u64) -> Result<u64, ZoneError> {
+        let Writable { zone, wp, end, .. } = *self;
+        writable(zone, self.condition)?;
+        if self.condition == Condition::Full {
+            return Err(ZoneError::Full { zone });
+        }
+        let offset = offset.unwrap_or(wp);
+        if offset != wp {
+            return Err(ZoneError::NotAtWritePointer { zone, offset, wp });
+        }
+        if len > end.saturating_sub(wp) {
+            return Err(ZoneError::ExceedsCapacity {
+                zone,
+                offset,
+                len,
+                end,
+            });
+        }
+        Ok(offset)
+    }
+}
+
+/// What a device says of zone appends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Appends {
+    /// The longest one in bytes; 0 where there are none.
+    pub max: u64,
+    /// They are multiples of this many bytes, a power of two.
+    pub granularity: u32,
+}
+
+impl Appends {
+    /// That `len` bytes can be appended to a zone of that type, whatever its state.
+    ///
+    /// # Errors
+    /// The first rule that it breaks: conventional, not sequential-required, no append, alignment, too large.
+    pub fn check(&self, zone: ZoneNo, kind: ZoneType, start: u64, len: u64) -> Result<(), ZoneError> {
+        match kind {
+            ZoneType::Conventional => return Err(ZoneError::Conventional { zone }),
+            ZoneType::SequentialPreferred => return Err(ZoneError::NotSequentialRequired { zone }),
+            ZoneType::SequentialRequired => {}
+        }
+        let max = self.max;
+        if max == 0 {
+            return Err(ZoneError::AppendUnsupported);
+        }
+        blocks(start, len, self.granularity)?;
+        if len > max {
+            return Err(ZoneError::AppendTooLarge { len, max });
+        }
+        Ok(())
+    }
+}
+
+/// That a range is some whole blocks of `granularity` bytes, a power of two.
+///
+/// # Errors
+/// `Unaligned`, also where the length is 0.
+pub fn blocks(offset: u64, len: u64, granularity: u32) -> Result<(), ZoneError> {
+    if len == 0 || (offset | len) & u64::from(granularity - 1) != 0 {
+        return Err(ZoneError::Unaligned {
+            offset,
+            len,
+            granularity,
+        });
+    }
+    Ok(())
+}
+
+/// That a zone in this condition takes writes, if it has room.
+pub(crate) fn writable(zone: ZoneNo, condition: Condition) -> Result<(), ZoneError> {
+    match condition {
+        Condition::Offline => Err(ZoneError::Offline { zone }),
+        Condition::ReadOnly => Err(ZoneError::ReadOnly { zone }),
+        _ => Ok(()),
+    }
+}
