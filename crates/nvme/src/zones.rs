@@ -47,7 +47,7 @@ impl<T: Transfer> Request<'_, T> {
         }
         let op = match action {
             SendAction::OPEN => ZoneOp::Open,
-            SendAction::FINISH => ZoneOp::Finish,
+            SendAction::FINISH => ZoneOp::FinishUnlimited,
             SendAction::RESET => ZoneOp::Reset,
             // The other protocols close what is not open in silence; here only what is active can be closed.
             SendAction::CLOSE => match condition(&namespace.device, start).await? {
@@ -87,7 +87,10 @@ impl<T: Transfer> Request<'_, T> {
                 (ZoneOp::Open, &[C::Closed])
             }
             SendAction::CLOSE => (CLOSE, &[C::ImplicitlyOpen, C::ExplicitlyOpen]),
-            SendAction::FINISH => (ZoneOp::Finish, &[C::ImplicitlyOpen, C::ExplicitlyOpen, C::Closed]),
+            SendAction::FINISH => (
+                ZoneOp::FinishUnlimited,
+                &[C::ImplicitlyOpen, C::ExplicitlyOpen, C::Closed],
+            ),
             SendAction::OFFLINE => return set_offline(device, lane).await.map(|()| 0),
             _ => return Err(Status::INVALID_FIELD.into()),
         };
