@@ -8,13 +8,14 @@ use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::MIN_PAGE_BYTES;
 use zbdkit_spec::nvme::command::SubmissionEntry;
 use zbdkit_spec::nvme::controller::{
-    CSS_ADMIN_ONLY, CSS_ALL, CSS_NVM, Cap, Cc, Crto, Csts, SHST_COMPLETE, SHST_OCCURRING, VERSION_2_1,
+    CSS_ADMIN_ONLY, CSS_ALL, CSS_NVM, Cap, Cc, Crto, Csts, SHST_COMPLETE, SHST_NORMAL, SHST_OCCURRING,
+    VERSION_2_1,
 };
-use zbdkit_spec::nvme::feature::{EventConfiguration, NumberOfQueues};
+use zbdkit_spec::nvme::feature::{EventConfiguration, FeatureId, NumberOfQueues};
 
 use crate::error_log::ErrorLog;
 use crate::events::Events;
-use crate::features::Values;
+use crate::features::{Traits, Values, traits};
 use crate::namespace::Namespace;
 use crate::stats::{QueueStats, Stats, Totals};
 use crate::status::Failure;
@@ -40,6 +41,8 @@ pub struct ControllerOptions {
     pub pci_vendor: [u16; 2],
     /// IEEE OUI.
     pub ieee: [u8; 3],
+    /// The transport watches keep alives ([`Controller::keep_alive_timeout`]); without, there are none.
+    pub keep_alive: bool,
     /// The transport has commands to create and delete queues.
     pub has_queue_commands: bool,
     /// The subsystem may have several controllers, and its namespaces are shared by them.
@@ -57,6 +60,7 @@ impl Default for ControllerOptions {
             doorbell_buffers: false,
             pci_vendor: [0; 2],
             ieee: [0; 3],
+            keep_alive: false,
             has_queue_commands: true,
             shared: false,
         }
@@ -179,6 +183,7 @@ impl Controller {
         match (old.en(), cc.en()) {
             (false, true) if self.can_enable(cc) => {
                 self.css.store(cc.css(), Ordering::Relaxed);
+                self.events.open();
                 Change::Enable
             }
             (false, true) => {
@@ -251,7 +256,7 @@ impl Controller {
     /// Enabled and not shut down.
     fn is_running(&self) -> bool {
         let state = self.state();
-        state.cc.en() && state.csts.shst() != SHST_COMPLETE
+        state.cc.en() && state.csts.shst() == SHST_NORMAL
     }
 
     /// Most data of a command, bytes.
@@ -275,8 +280,12 @@ impl Controller {
         self.keep_alives.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn kept_alive(&self) {
+    pub(crate) fn kept_alive(&self) -> Result<(), Failure> {
+        if !self.options.keep_alive {
+            return Err(Status::INVALID_OPCODE.into());
+        }
         self.keep_alives.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
     /// I/O queues that the host may make: what it was given by Set Features, or the most that there can be.
@@ -320,6 +329,14 @@ impl Controller {
 
     pub(crate) fn features(&self) -> MutexGuard<'_, Values> {
         self.features.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What can be done with a feature, if there is such a one. `value` is dword 11 of the command.
+    pub(crate) fn feature_traits(&self, feature: FeatureId, value: u32) -> Option<Traits> {
+        if feature == FeatureId::KEEP_ALIVE_TIMER && !self.options.keep_alive {
+            return None;
+        }
+        traits(feature, value)
     }
 
     pub(crate) fn new_features(&self) -> Values {

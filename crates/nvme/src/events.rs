@@ -78,6 +78,8 @@ pub(crate) struct Events(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
+    /// The controller is disabled.
+    closed: bool,
     wanted: EventConfiguration,
     waiting: Vec<Request>,
     pending: VecDeque<Event>,
@@ -115,6 +117,9 @@ impl Events {
 
     fn enter(&self, cid: u16) -> Result<Waiting<'_>, Failure> {
         let mut state = self.lock();
+        if state.closed {
+            return Err(Status::ABORTED_SQ_DELETION.into());
+        }
         if state.waiting.len() == MAX_REQUESTS {
             return Err(Status::ASYNC_EVENT_REQUEST_LIMIT_EXCEEDED.into());
         }
@@ -208,13 +213,19 @@ impl Events {
         true
     }
 
-    /// The controller is disabled: ends all requests, and forgets what happened.
+    /// The controller is enabled.
+    pub(crate) fn open(&self) {
+        self.lock().closed = false;
+    }
+
+    /// The controller is disabled: ends all requests, those that are still to come too, and forgets what happened.
     pub(crate) fn close(&self) {
         let mut state = self.lock();
         for request in &mut state.waiting {
             request.end(Err(Status::ABORTED_SQ_DELETION.into()));
         }
         *state = State {
+            closed: true,
             waiting: std::mem::take(&mut state.waiting),
             ..State::default()
         };
@@ -386,5 +397,12 @@ mod tests {
         let ended = Failure::from(Status::ABORTED_SQ_DELETION);
         assert_eq!(request.as_mut().poll(cx), Poll::Ready(Err(ended)));
         assert_eq!(events.configuration(), EventConfiguration::new());
+        assert_eq!(
+            pin!(events.next(2)).poll(cx),
+            Poll::Ready(Err(ended)),
+            "one that comes late"
+        );
+        events.open();
+        assert!(pin!(events.next(3)).poll(cx).is_pending());
     }
 }

@@ -1,5 +1,5 @@
-//! One at a time, on one thread: who needs memory of ours for a command waits for its turn, so that a queue full of such
-//! commands takes no more memory than one of them.
+//! One at a time, on one thread: who needs memory of ours for a command waits for its turn, so that a queue full of
+//! such commands takes no more memory than one of them.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;

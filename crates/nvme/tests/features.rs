@@ -2,7 +2,8 @@
 
 mod host;
 
-use host::{Host, PLAIN_NSID, entry, get_feature, rw, set_feature};
+use host::{Host, PLAIN_NSID, entry, get_feature, identify, rw, set_feature};
+use zbdkit_nvme::{ControllerOptions, NamespaceOptions};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::AdminOpcode;
 use zbdkit_spec::nvme::command::NSID_ALL;
@@ -23,7 +24,6 @@ fn features_have_values_defaults_and_capabilities() {
         (FeatureId::INTERRUPT_COALESCING, 0, 0x0a05),
         (FeatureId::WRITE_ATOMICITY_NORMAL, 0, 1),
         (FeatureId::ASYNC_EVENT_CONFIGURATION, 0, 0x0800_0100),
-        (FeatureId::KEEP_ALIVE_TIMER, 0, 5000),
         (FeatureId::TEMPERATURE_THRESHOLD, 343, 400),
     ];
     for (fid, default, other) in cases {
@@ -203,8 +203,27 @@ fn without_write_cache_writes_are_durable_at_once_and_nothing_else_changes() {
 }
 
 #[test]
-fn keep_alives_are_counted_and_their_timeout_is_told() {
+fn keep_alives_are_counted_and_their_timeout_is_told_where_somebody_watches() {
     let host = Host::new();
+    assert_eq!(
+        host.tell(set_feature(FeatureId::KEEP_ALIVE_TIMER.0, 1500), &[]).0,
+        Status::INVALID_FIELD
+    );
+    assert_eq!(
+        host.tell(entry(AdminOpcode::KEEP_ALIVE.0, 0), &[]).0,
+        Status::INVALID_OPCODE
+    );
+    drop(host);
+    let options = ControllerOptions {
+        keep_alive: true,
+        ..ControllerOptions::default()
+    };
+    let host = Host::with(
+        &host::BOTH.map(|graph| (graph, NamespaceOptions::default())),
+        options,
+        host::ENABLE,
+    );
+    assert_eq!(host.ask(identify(1, 0, 0))[320], 10);
     assert_eq!(host.controller.keep_alive_timeout(), None);
     host.tell(set_feature(FeatureId::KEEP_ALIVE_TIMER.0, 1500), &[]);
     assert_eq!(host.controller.keep_alive_timeout().unwrap().as_millis(), 1500);

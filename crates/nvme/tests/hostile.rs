@@ -46,10 +46,20 @@ fn any_entry_is_parsed_or_refused() {
     });
 }
 
+/// How many; ZBDKIT_HOSTILE_CASES changes it.
+fn cases() -> u32 {
+    std::env::var("ZBDKIT_HOSTILE_CASES")
+        .ok()
+        .and_then(|cases| cases.parse().ok())
+        .unwrap_or(2000)
+}
+
 #[test]
 fn any_command_ends_and_the_queue_goes_on() {
     let host = Host::new();
-    proptest!(ProptestConfig::with_cases(2000), |(entry in entries(), data in prop::collection::vec(any::<u8>(), 0..256))| {
+    let data = || prop::collection::vec(any::<u8>(), 0..256);
+    let config = ProptestConfig::with_cases(cases());
+    proptest!(config, |(entry in entries(), data in data())| {
         host.io(&entry, &Memory::new(data.clone()));
         if AdminOpcode(entry.opcode) != AdminOpcode::ASYNC_EVENT_REQUEST {
             host.admin(&entry, &Memory::new(data));

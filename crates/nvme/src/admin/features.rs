@@ -9,7 +9,7 @@ use zbdkit_spec::nvme::feature::{Capabilities, EventConfiguration, FeatureId, Nu
 use super::{AdminQueue, Select};
 use crate::controller::Controller;
 use crate::events::Event;
-use crate::features::{Traits, Values, traits};
+use crate::features::{Traits, Values};
 use crate::status::Failure;
 use crate::subsystem::index;
 use crate::transport::{Direction, Transfer};
@@ -24,7 +24,9 @@ impl AdminQueue {
     ) -> Result<u64, Failure> {
         let controller = &*self.controller;
         let nsid = entry.nsid.get();
-        let traits = traits(feature, value).ok_or(Status::INVALID_FIELD)?;
+        let traits = controller
+            .feature_traits(feature, value)
+            .ok_or(Status::INVALID_FIELD)?;
         let values = match select {
             Select::Capabilities => {
                 let capabilities = Capabilities::new()
@@ -74,7 +76,9 @@ impl AdminQueue {
     ) -> Result<u64, Failure> {
         let controller = &*self.controller;
         let nsid = entry.nsid.get();
-        let traits = traits(feature, value).ok_or(Status::INVALID_FIELD)?;
+        let traits = controller
+            .feature_traits(feature, value)
+            .ok_or(Status::INVALID_FIELD)?;
         if save {
             return Err(Status::FEATURE_IDENTIFIER_NOT_SAVEABLE.into());
         }

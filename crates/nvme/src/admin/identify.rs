@@ -115,7 +115,12 @@ impl Controller {
         data.elpe_z = ERROR_LOG_ENTRIES as u8 - 1;
         data.wctemp = WARNING_TEMPERATURE.into();
         data.cctemp = CRITICAL_TEMPERATURE.into();
-        data.kas = KEEP_ALIVE_GRANULARITY.into();
+        data.kas = if options.keep_alive {
+            KEEP_ALIVE_GRANULARITY
+        } else {
+            0
+        }
+        .into();
         // Entries of 64 and of 16 bytes, no others.
         data.sqes = 0x66;
         data.cqes = 0x44;

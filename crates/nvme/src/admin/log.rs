@@ -16,7 +16,7 @@ use super::GetLog;
 use crate::controller::Controller;
 use crate::error_log::ERROR_LOG_ENTRIES;
 use crate::events::WARNING_TEMPERATURE;
-use crate::features::{FEATURES, TEMPERATURE, traits};
+use crate::features::{FEATURES, TEMPERATURE};
 use crate::status::Failure;
 
 /// The pages that there are.
@@ -48,7 +48,7 @@ impl Controller {
             LogId::FIRMWARE_SLOT => self.firmware_slots(),
             LogId::CHANGED_NAMESPACES => self.changed_namespaces(log.retain_event),
             LogId::COMMANDS_SUPPORTED_AND_EFFECTS => self.command_effects(log.csi)?,
-            LogId::FEATURES_SUPPORTED_AND_EFFECTS => feature_effects(),
+            LogId::FEATURES_SUPPORTED_AND_EFFECTS => self.feature_effects(),
             // There are no such commands.
             LogId::MI_COMMANDS_SUPPORTED_AND_EFFECTS => vec![0; EFFECTS_BYTES],
             LogId::CHANGED_ZONES => self.changed_zones(log)?,
@@ -134,6 +134,23 @@ impl Controller {
         Ok(list.as_bytes().to_vec())
     }
 
+    fn feature_effects(&self) -> Vec<u8> {
+        let mut page = vec![0; 256 * 4];
+        for feature in FEATURES {
+            let Some(traits) = self.feature_traits(feature, 0) else {
+                continue;
+            };
+            let namespace = traits.namespace_specific;
+            let effects = FeatureEffects::new()
+                .with_fsupp(true)
+                .with_ccc(feature == FeatureId::NUMBER_OF_QUEUES)
+                .with_namespace_scope(namespace)
+                .with_controller_scope(!namespace);
+            page[usize::from(feature.0) * 4..][..4].copy_from_slice(&effects.into_bits().to_le_bytes());
+        }
+        page
+    }
+
     fn command_effects(&self, csi: Csi) -> Result<Vec<u8>, Failure> {
         let supported = CommandEffects::new().with_csupp(true);
         let changes = supported.with_lbcc(true);
@@ -148,7 +165,6 @@ impl Controller {
             AdminOpcode::SET_FEATURES,
             AdminOpcode::GET_FEATURES,
             AdminOpcode::ASYNC_EVENT_REQUEST,
-            AdminOpcode::KEEP_ALIVE,
         ] {
             set(opcode.0.into(), supported);
         }
@@ -161,6 +177,9 @@ impl Controller {
             ] {
                 set(opcode.0.into(), supported);
             }
+        }
+        if self.options().keep_alive {
+            set(AdminOpcode::KEEP_ALIVE.0.into(), supported);
         }
         if self.options().doorbell_buffers {
             set(AdminOpcode::DOORBELL_BUFFER_CONFIG.0.into(), supported);
@@ -206,20 +225,6 @@ fn supported_pages() -> Vec<u8> {
     for id in PAGES {
         let supported = SupportedLog::new().with_lsupp(true);
         page[usize::from(id.0) * 4..][..4].copy_from_slice(&supported.into_bits().to_le_bytes());
-    }
-    page
-}
-
-fn feature_effects() -> Vec<u8> {
-    let mut page = vec![0; 256 * 4];
-    for feature in FEATURES {
-        let namespace = traits(feature, 0).is_some_and(|traits| traits.namespace_specific);
-        let effects = FeatureEffects::new()
-            .with_fsupp(true)
-            .with_ccc(feature == FeatureId::NUMBER_OF_QUEUES)
-            .with_namespace_scope(namespace)
-            .with_controller_scope(!namespace);
-        page[usize::from(feature.0) * 4..][..4].copy_from_slice(&effects.into_bits().to_le_bytes());
     }
     page
 }

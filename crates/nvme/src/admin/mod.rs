@@ -123,7 +123,7 @@ impl AdminQueue {
                 return self.set_features(command, feature, save, value).await;
             }
             AdminCommand::AsyncEventRequest => return controller.events.next(entry.cid.get()).await,
-            AdminCommand::KeepAlive => controller.kept_alive(),
+            AdminCommand::KeepAlive => controller.kept_alive()?,
             AdminCommand::Format {
                 nsid,
                 format,

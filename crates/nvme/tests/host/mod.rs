@@ -40,6 +40,8 @@ pub const ZONED: &str = "driver=zoned,file.driver=memory,file.size=8M,zone.mode=
     zone.capacity=768k,zone.max_open_zones=3,zone.max_active_zones=4,zone.max_append_bytes=64k";
 /// A disk without zones.
 pub const PLAIN: &str = "driver=memory,size=8M";
+/// The namespaces that most hosts have.
+pub const BOTH: [&str; 2] = [ZONED, PLAIN];
 
 /// CC as Linux enables a controller: all command sets.
 pub const ENABLE: u32 = 0x0046_0061;
