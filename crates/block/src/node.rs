@@ -35,8 +35,10 @@ pub enum ZoneOp {
     Open,
     /// Close; an opened zone without data becomes what the argument says.
     Close(CloseEmpty),
-    /// Make the zone full.
+    /// Make the zone full; an empty one needs resources to be available ([`zbdkit_zone::ExclusiveOp::Finish`]).
     Finish,
+    /// Make the zone full whatever resources are available, as ZNS has it.
+    FinishUnlimited,
     /// Make the zone empty.
     Reset,
     /// Operator: let nothing be written any more.

@@ -266,6 +266,7 @@ impl Disk {
             ZoneOp::Open => return self.engine.open(zone).map_err(|e| errno(&e)),
             ZoneOp::Close(empty) => return self.engine.close(zone, empty).map_err(|e| errno(&e)),
             ZoneOp::Finish => ExclusiveOp::Finish,
+            ZoneOp::FinishUnlimited => ExclusiveOp::FinishUnlimited,
             ZoneOp::Reset => ExclusiveOp::Reset,
             ZoneOp::SetReadOnly => ExclusiveOp::SetReadOnly,
             ZoneOp::SetOffline => ExclusiveOp::SetOffline,

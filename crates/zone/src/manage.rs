@@ -63,8 +63,8 @@ impl Engine {
     /// [`Engine::record_after`] durable, and commit; or abort. None where there is nothing to do: a reset of
     /// an empty zone, a finish of a full one, a condition that the zone has already.
     ///
-    /// A finish of an empty zone needs resources to be available, as opening it would, but neither keeps them
-    /// nor closes another zone for them.
+    /// [`ExclusiveOp::Finish`] of an empty zone needs resources to be available, as opening it would, but neither keeps
+    /// them nor closes another zone for them.
     ///
     /// # Errors
     /// For reset and finish: conventional, offline, read-only, no resources. `Busy`: another operation has the
@@ -77,7 +77,7 @@ impl Engine {
             .is_conventional(zone)
             .then(|| lock(&self.conventional));
         let mut z = match op {
-            ExclusiveOp::Reset | ExclusiveOp::Finish => self.managed(zone)?,
+            ExclusiveOp::Reset | ExclusiveOp::Finish | ExclusiveOp::FinishUnlimited => self.managed(zone)?,
             _ => self.lock(zone),
         };
         z.not_busy()?;
@@ -87,7 +87,7 @@ impl Engine {
         let condition = z.condition();
         let nothing_to_do = match op {
             ExclusiveOp::Reset => condition == Condition::Empty,
-            ExclusiveOp::Finish => condition == Condition::Full,
+            ExclusiveOp::Finish | ExclusiveOp::FinishUnlimited => condition == Condition::Full,
             ExclusiveOp::SetReadOnly => condition == Condition::ReadOnly,
             ExclusiveOp::SetOffline => condition == Condition::Offline,
             ExclusiveOp::SetNormal => !matches!(condition, Condition::ReadOnly | Condition::Offline),
@@ -192,7 +192,7 @@ fn after(op: ExclusiveOp, mut record: ZoneRecord) -> ZoneRecord {
             record.finished = false;
             record.counters.resets = record.counters.resets.saturating_add(1);
         }
-        ExclusiveOp::Finish => {
+        ExclusiveOp::Finish | ExclusiveOp::FinishUnlimited => {
             record.finished = true;
             record.counters.finishes = record.counters.finishes.saturating_add(1);
         }

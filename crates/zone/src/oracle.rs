@@ -485,7 +485,7 @@ impl Oracle {
     /// Begins an exclusive operation; whether there is something to do.
     pub fn begin(&mut self, zone: ZoneNo, op: ExclusiveOp) -> Result<bool, Refused> {
         use ExclusiveOp as X;
-        if matches!(op, X::Reset | X::Finish) {
+        if op == X::Reset || op.is_finish() {
             self.managed(zone)?;
         }
         let condition = self.zone(zone).condition;
@@ -493,7 +493,7 @@ impl Oracle {
             return Err(Refused::Busy(zone));
         }
         match (op, condition) {
-            (X::Reset, C::Empty) | (X::Finish, C::Full) => return Ok(false),
+            (X::Reset, C::Empty) | (X::Finish | X::FinishUnlimited, C::Full) => return Ok(false),
             (X::SetReadOnly, C::ReadOnly) | (X::SetOffline, C::Offline) => return Ok(false),
             (X::SetNormal, C::ReadOnly | C::Offline) => {}
             (X::SetNormal, _) => return Ok(false),
@@ -518,7 +518,7 @@ impl Oracle {
                 (r.written, r.finished) = (0, false);
                 r.counters.resets += 1;
             }
-            ExclusiveOp::Finish => {
+            ExclusiveOp::Finish | ExclusiveOp::FinishUnlimited => {
                 r.finished = true;
                 r.counters.finishes += 1;
             }

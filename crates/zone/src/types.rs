@@ -218,12 +218,22 @@ pub enum CloseEmpty {
 pub enum ExclusiveOp {
     /// The zone becomes empty.
     Reset,
-    /// The zone becomes full without being written further.
+    /// The zone becomes full without being written further. An empty one needs resources to be available, as if it were
+    /// opened, as virtio-blk, ZBC and ZAC have it.
     Finish,
+    /// The same, whatever resources are available, as ZNS has it.
+    FinishUnlimited,
     /// The operator makes the zone read-only.
     SetReadOnly,
     /// The operator takes the zone offline.
     SetOffline,
     /// The operator undoes either; the zone is as it was, closed if it was open.
     SetNormal,
+}
+
+impl ExclusiveOp {
+    /// Whether it makes the zone full.
+    pub fn is_finish(self) -> bool {
+        matches!(self, Self::Finish | Self::FinishUnlimited)
+    }
 }

@@ -205,6 +205,11 @@ fn finish_of_an_empty_zone_needs_resources_and_keeps_none() {
     d.engine.close(Z2, ToClosed).expect("open");
     d.write(Z3, 1);
     assert_eq!(finish(&d), Err(ZoneError::TooManyActive { limit: 2 }.into()));
+    assert!(
+        d.operate(Z4, ExclusiveOp::FinishUnlimited),
+        "but not where the protocol has it otherwise"
+    );
+    assert_eq!((d.condition(Z4), d.engine.resources().active), (Full, 2));
     d.operate(Z2, ExclusiveOp::Reset);
     assert!(
         d.operate(Z5, ExclusiveOp::Finish),

@@ -87,7 +87,7 @@ impl Drive for BlockDrive {
             let (name, request) = match op {
                 ZoneOp::Open => ("zone open", OPEN_ZONE),
                 ZoneOp::Close(_) => ("zone close", CLOSE_ZONE),
-                ZoneOp::Finish => ("zone finish", FINISH_ZONE),
+                ZoneOp::Finish | ZoneOp::FinishUnlimited => ("zone finish", FINISH_ZONE),
                 ZoneOp::Reset => ("zone reset", RESET_ZONE),
                 ZoneOp::SetReadOnly | ZoneOp::SetOffline | ZoneOp::SetNormal => {
                     return Err(Error::NotSupported("setting a zone's condition"));

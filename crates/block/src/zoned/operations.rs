@@ -38,7 +38,7 @@ impl ZonedNode {
         let Some(permit) = self.begin(zone, op).await? else {
             // A zone that its writes have filled is full only in so far as they are durable.
             return match &self.durability {
-                Durability::Table { committer, .. } if op == ExclusiveOp::Finish => {
+                Durability::Table { committer, .. } if op.is_finish() => {
                     committer.flush(&[], &self.image()).await
                 }
                 // There was nothing to do. It may have waited until there was not, and the epoch may have failed meanwhile.
@@ -147,6 +147,7 @@ impl ZonedNode {
                 self.admit(|| self.engine.close(zone, empty)).await
             }
             ZoneOp::Finish => self.exclusive(zone, ExclusiveOp::Finish).await,
+            ZoneOp::FinishUnlimited => self.exclusive(zone, ExclusiveOp::FinishUnlimited).await,
             ZoneOp::Reset => self.exclusive(zone, ExclusiveOp::Reset).await,
             ZoneOp::SetReadOnly => self.exclusive(zone, ExclusiveOp::SetReadOnly).await,
             ZoneOp::SetOffline => self.exclusive(zone, ExclusiveOp::SetOffline).await,

@@ -16,6 +16,7 @@ open_enum! {
         WRITE_ZEROES = 0x08,
         DATASET_MANAGEMENT = 0x09,
         VERIFY = 0x0c,
+        COPY = 0x19,
     }
 }
 
@@ -37,6 +38,95 @@ pub struct RwCdw12 {
     /// Limited retry.
     pub lr: bool,
 }
+
+/// Command dword 11 of Dataset Management (3.3.3).
+#[bitfield(u32)]
+#[derive(PartialEq, Eq)]
+pub struct DsmCdw11 {
+    /// The ranges are read as a unit.
+    pub idr: bool,
+    /// The ranges are written as a unit.
+    pub idw: bool,
+    /// Deallocate.
+    pub ad: bool,
+    #[bits(29)]
+    __: u32,
+}
+
+/// A range of Dataset Management (3.3.3, figure 46).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct DsmRange {
+    /// Context attributes.
+    pub cattr: U32,
+    /// Logical blocks.
+    pub length: U32,
+    /// The first.
+    pub slba: U64,
+}
+
+const _: () = assert!(size_of::<DsmRange>() == 16);
+
+/// Command dword 12 of Copy (3.3.2).
+#[bitfield(u32)]
+#[derive(PartialEq, Eq)]
+pub struct CopyCdw12 {
+    /// Source ranges, 0-based.
+    pub nr_z: u8,
+    /// Format of their descriptors.
+    #[bits(4)]
+    pub desfmt: u8,
+    /// Protection information of reads.
+    #[bits(4)]
+    pub prinfor: u8,
+    #[bits(10)]
+    __: u16,
+    /// Protection information of writes.
+    #[bits(4)]
+    pub prinfow: u8,
+    /// Force unit access.
+    pub fua: bool,
+    /// Limited retry.
+    pub lr: bool,
+}
+
+/// A source range of Copy in descriptor format 0 (3.3.2, figure 38).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct CopyRange {
+    /// Zero.
+    pub rsvd0: [u8; 8],
+    /// The first block.
+    pub slba: U64,
+    /// Blocks, 0-based.
+    pub nlb_z: U16,
+    /// Protection information, which is not used here.
+    pub rsvd18: [u8; 14],
+}
+
+const _: () = assert!(size_of::<CopyRange>() == 32);
+
+/// Identify Controller of the NVM command set (CNS 06h, CSI 00h; 4.1.5.4).
+#[derive(Clone, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct IdentifyController {
+    /// Limit of Verify: a power of two of CAP.MPSMIN pages; 0 without a limit.
+    pub vsl: u8,
+    /// Limit of Write Zeroes, likewise.
+    pub wzsl: u8,
+    /// Limit of Write Uncorrectable, likewise.
+    pub wusl: u8,
+    /// Most ranges of Dataset Management; 0 without a limit.
+    pub dmrl: u8,
+    /// Most blocks of such a range; 0 without a limit.
+    pub dmrsl: U32,
+    /// Most blocks of such a command; 0 without a limit.
+    pub dmsl: U64,
+    /// Bytes 16 to 4095.
+    pub rsvd16: [u8; 4080],
+}
+
+const _: () = assert!(size_of::<IdentifyController>() == IDENTIFY_BYTES);
 
 /// Most logical blocks that a command can name: [`RwCdw12::nlb_z`] has 16 bits.
 pub const MAX_BLOCKS: u64 = 1 << 16;
@@ -90,8 +180,24 @@ pub struct IdentifyNamespace {
     pub dpc: u8,
     /// Protection in use; 0 for none in bits 2:0.
     pub dps: u8,
-    /// Bytes 30 to 98.
-    pub rsvd30: [u8; 69],
+    /// Multi-path I/O and sharing: bit 0, may be attached to several controllers.
+    pub nmic: u8,
+    /// Reservations.
+    pub rescap: u8,
+    /// Format progress: bit 7 supported, bits 6:0 per cent left.
+    pub fpi: u8,
+    /// Deallocated blocks: bits 2:0 how they read (1: as zeros), bit 3 Write Zeroes can deallocate.
+    pub dlfeat: u8,
+    /// Bytes 34 to 73.
+    pub rsvd34: [u8; 40],
+    /// Most blocks of a source range of Copy.
+    pub mssrl: U16,
+    /// Most blocks of a Copy.
+    pub mcl: U32,
+    /// Most source ranges of a Copy, 0-based.
+    pub msrc_z: u8,
+    /// Bytes 81 to 98.
+    pub rsvd81: [u8; 18],
     /// Attributes: bit 0, write protected.
     pub nsattr: u8,
     /// NVM set.
@@ -141,6 +247,10 @@ mod tests {
     fn identify_namespace_has_its_fields_where_the_specification_has_them() {
         assert_eq!(offset_of!(IdentifyNamespace, flbas), 26);
         assert_eq!(offset_of!(IdentifyNamespace, dps), 29);
+        assert_eq!(offset_of!(IdentifyNamespace, nmic), 30);
+        assert_eq!(offset_of!(IdentifyNamespace, dlfeat), 33);
+        assert_eq!(offset_of!(IdentifyNamespace, mssrl), 74);
+        assert_eq!(offset_of!(IdentifyNamespace, msrc_z), 80);
         assert_eq!(offset_of!(IdentifyNamespace, nsattr), 99);
         assert_eq!(offset_of!(IdentifyNamespace, nguid), 104);
         assert_eq!(offset_of!(IdentifyNamespace, eui64), 120);

@@ -53,13 +53,29 @@ open_enum! {
     }
 }
 
+open_enum! {
+    /// Zone Receive Action Specific Field of a report: which zones it has (3.4.2, figure 31).
+    pub struct ReportFilter(u8) {
+        ALL = 0,
+        EMPTY = 1,
+        IMPLICITLY_OPENED = 2,
+        EXPLICITLY_OPENED = 3,
+        CLOSED = 4,
+        FULL = 5,
+        READ_ONLY = 6,
+        OFFLINE = 7,
+        /// Zones whose reset or finish is recommended, or that the controller has finished.
+        WITH_ATTRIBUTES = 9,
+    }
+}
+
 /// Command dword 13 of Zone Management Receive (3.4.2).
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
 pub struct ReceiveCdw13 {
     /// A [`ReceiveAction`].
     pub zra: u8,
-    /// Which zones: 0 for all.
+    /// A [`ReportFilter`].
     pub zrasf: u8,
     /// The number of zones says how many descriptors were transferred, not how many match.
     pub partial: bool,
@@ -301,6 +317,23 @@ pub struct IdentifyController {
 }
 
 const _: () = assert!(size_of::<IdentifyController>() == IDENTIFY_BYTES);
+
+/// Most zones of a [`ChangedZoneList`].
+pub const MAX_CHANGED_ZONES: usize = 511;
+
+/// Changed Zone List (log page BFh, 4.1.4.1).
+#[derive(Clone, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct ChangedZoneList {
+    /// How many zones follow; all ones where there are more than [`MAX_CHANGED_ZONES`], and none follows.
+    pub nrzid: U16,
+    /// Zero.
+    pub rsvd2: [u8; 6],
+    /// First blocks of the zones.
+    pub zid: [U64; MAX_CHANGED_ZONES],
+}
+
+const _: () = assert!(size_of::<ChangedZoneList>() == 4096);
 
 #[cfg(test)]
 mod tests {

@@ -345,7 +345,7 @@ impl Node for DoorNode {
             let request = match op {
                 ZoneOp::Open => Request::ZoneOpen(sector),
                 ZoneOp::Close(_) => Request::ZoneClose(sector),
-                ZoneOp::Finish => Request::ZoneFinish(sector),
+                ZoneOp::Finish | ZoneOp::FinishUnlimited => Request::ZoneFinish(sector),
                 ZoneOp::Reset => Request::ZoneReset(sector),
                 ZoneOp::SetReadOnly | ZoneOp::SetOffline | ZoneOp::SetNormal => {
                     return Err(Error::NotSupported("setting a zone's condition"));

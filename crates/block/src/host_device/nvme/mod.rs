@@ -144,7 +144,7 @@ impl Drive for NvmeDrive {
             ZoneOp::Open => ("zone open", SendAction::OPEN),
             // An opened zone without data becomes closed, whatever is asked: the drive knows nothing else.
             ZoneOp::Close(_) => ("zone close", SendAction::CLOSE),
-            ZoneOp::Finish => ("zone finish", SendAction::FINISH),
+            ZoneOp::Finish | ZoneOp::FinishUnlimited => ("zone finish", SendAction::FINISH),
             ZoneOp::Reset => ("zone reset", SendAction::RESET),
             // The drive does it to read-only zones.
             ZoneOp::SetOffline => ("zone offline", SendAction::OFFLINE),

@@ -103,7 +103,7 @@ impl Drive for ScsiDrive {
         let (name, action) = match op {
             ZoneOp::Open => ("zone open", ZoneOut::OPEN_ZONE),
             ZoneOp::Close(_) => ("zone close", ZoneOut::CLOSE_ZONE),
-            ZoneOp::Finish => ("zone finish", ZoneOut::FINISH_ZONE),
+            ZoneOp::Finish | ZoneOp::FinishUnlimited => ("zone finish", ZoneOut::FINISH_ZONE),
             ZoneOp::Reset => ("zone reset", ZoneOut::RESET_WRITE_POINTER),
             ZoneOp::SetReadOnly | ZoneOp::SetOffline | ZoneOp::SetNormal => {
                 return Box::pin(async { Err(Error::NotSupported("setting a zone's condition")) });
