@@ -29,6 +29,7 @@ pub mod mem;
 mod runtime;
 mod sys;
 mod unblock;
+pub mod unix;
 mod words;
 
 pub use buf::{BUF_ALIGN, IoBuf, Segment};

@@ -6,4 +6,5 @@
 
 pub mod qcow2;
 pub mod sidecar;
+pub mod vfio_user;
 pub mod virtio_blk;

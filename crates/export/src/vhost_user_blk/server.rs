@@ -17,9 +17,9 @@ use super::stats::Stats;
 use super::thread::{Control, QueueThread};
 use crate::log_limit::{LogLimit, limited_warn};
 use crate::vhost_user::backend::{Backend, ConfigReadOnly, FeatureError, RingSetup, Stuck};
-use crate::vhost_user::listener::{ListenError, Listener};
 use crate::vhost_user::session::{Refused, Session};
 use crate::vhost_user::stream::{Progress, Stream, StreamError};
+use zbdkit_io::unix::{ListenError, Listener};
 
 /// Queues that the protocol's index byte can name.
 const MAX_QUEUES: u16 = 256;
