@@ -63,6 +63,15 @@ pub fn receive(
     }
 }
 
+/// Whether accepting a connection failed for want of descriptors or memory: connections wait in the backlog until there are
+/// some again.
+pub fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
+    )
+}
+
 /// Makes sure that a descriptor from the other side does not block us. It may be anything; then using it fails.
 pub fn set_nonblocking(fd: impl AsFd) {
     if let Ok(flags) = rustix::fs::fcntl_getfl(&fd) {
