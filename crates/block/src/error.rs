@@ -61,8 +61,11 @@ pub enum Error {
 }
 
 impl Error {
-    /// The error of a failed system call below.
+    /// The error of a failed system call below. One of ours that came as an [`io::Error`] is itself again.
     pub fn io(op: &'static str, error: &io::Error) -> Error {
+        if let Some(ours) = ours(error) {
+            return ours.clone();
+        }
         Error::Io {
             op,
             errno: errno_of(error),
@@ -97,6 +100,17 @@ impl From<zbdkit_qcow2::Error> for Error {
     }
 }
 
+impl From<Error> for io::Error {
+    fn from(error: Error) -> io::Error {
+        io::Error::other(error)
+    }
+}
+
+/// The error of ours that an [`io::Error`] carries.
+fn ours(error: &io::Error) -> Option<&Error> {
+    error.get_ref()?.downcast_ref()
+}
+
 /// As the Linux block layer and QEMU report them (reference: qemu-zoned.md 1.7, 2.4).
 fn zone_errno(error: &ZoneError) -> Errno {
     match error {
@@ -113,10 +127,12 @@ fn zone_errno(error: &ZoneError) -> Errno {
 
 /// The errno of an [`io::Error`], EIO where it carries none.
 pub fn errno_of(error: &io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(match error.kind() {
-        io::ErrorKind::InvalidInput => Errno::INVAL.raw_os_error(),
-        _ => Errno::IO.raw_os_error(),
-    })
+    match (error.raw_os_error(), ours(error)) {
+        (Some(errno), _) => errno,
+        (None, Some(error)) => error.errno(),
+        (None, None) if error.kind() == io::ErrorKind::InvalidInput => Errno::INVAL.raw_os_error(),
+        (None, None) => Errno::IO.raw_os_error(),
+    }
 }
 
 /// Why an image could not be opened. The message says what, where and what would be right.

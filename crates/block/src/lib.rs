@@ -11,6 +11,7 @@ mod error;
 mod file;
 mod graph;
 mod host;
+pub mod host_device;
 mod limits;
 mod lock;
 mod node;

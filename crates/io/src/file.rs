@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use crate::buf::IoBuf;
 use crate::inplace;
+use crate::nvme::{NvmeCommand, NvmeCompletion};
 use crate::runtime::{Kind, Operation, Request, yield_now};
 use crate::sys;
 
@@ -44,6 +45,14 @@ pub trait Storage: Send + Sync {
     }
     /// Sets the length in bytes.
     fn set_len(&self, len: u64) -> io::Result<()>;
+    /// [`File::nvme`], for what plays an NVMe device.
+    fn nvme(
+        &self,
+        _command: NvmeCommand,
+        _buf: IoBuf,
+    ) -> LocalBoxFuture<'static, io::Result<NvmeCompletion>> {
+        Box::pin(async { Err(io::Error::from_raw_os_error(libc::ENOTTY)) })
+    }
 }
 
 /// An operation for a [`Storage`]. All numbers are bytes.
@@ -329,6 +338,35 @@ impl File {
             buf: None,
         };
         Operation::new(request, Some(self)).await
+    }
+
+    /// Has the device behind the file, a character device of NVMe, carry out `command` with `buf` as its data, which may
+    /// be empty. The answer is the device's; errors are those of getting the command there and back.
+    ///
+    /// A command is never sent twice. After an error the device may have carried it out all the same, unless the
+    /// error is one of not supporting such commands (EOPNOTSUPP, ENOTTY).
+    pub async fn nvme(&self, command: NvmeCommand, buf: IoBuf) -> io::Result<NvmeCompletion> {
+        let file = match &*self.inner {
+            Inner::Fd(file) => file,
+            Inner::Custom(storage) => return storage.nvme(command, buf).await,
+        };
+        if buf.segments().len() > sys::IOV_MAX || buf.len() > sys::MAX_RW {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let request = Request {
+            kind: Kind::Nvme(command),
+            fd: file.fd.as_raw_fd(),
+            offset: 0,
+            len: buf.len() as u64,
+            align: 1,
+            buf: Some(buf),
+        };
+        let (status, result) = Operation::new(request, Some(self)).outcome().await;
+        match u16::try_from(status) {
+            Ok(status) => Ok(NvmeCompletion { status, result }),
+            Err(_) if status < 0 => Err(io::Error::from_raw_os_error(-status)),
+            Err(_) => Err(io::ErrorKind::InvalidData.into()),
+        }
     }
 
     async fn fallocate(&self, file: &FdFile, mode: i32, offset: u64, len: u64) -> io::Result<()> {

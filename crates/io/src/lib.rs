@@ -26,6 +26,7 @@ mod buf;
 mod file;
 mod inplace;
 pub mod mem;
+mod nvme;
 mod runtime;
 mod sys;
 mod unblock;
@@ -35,6 +36,7 @@ mod words;
 pub use buf::{BUF_ALIGN, IoBuf, Segment};
 pub use file::{File, FileKind, LocalBoxFuture, Storage, StorageOp};
 pub use mem::{GuestMemory, MemGuard};
+pub use nvme::{NvmeCommand, NvmeCompletion, NvmeQueue};
 pub use runtime::{
     Backend, BackendKind, OnPanic, PollRegistration, PollSource, Remote, Runtime, RuntimeOptions, Sleep,
     TaskPool, add_poll_source, readable, sleep, spawn, submit, yield_now,

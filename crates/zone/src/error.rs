@@ -144,6 +144,18 @@ pub enum ZoneError {
         /// Its condition.
         condition: Condition,
     },
+    /// The zone has a random write area (ZRWA), which rules the operation out.
+    #[error("zone {zone} has a random write area, which does not allow the operation")]
+    RandomWriteArea {
+        /// The zone.
+        zone: ZoneNo,
+    },
+    /// All of the device's random write areas (ZRWA) are taken.
+    #[error("no random write area is left for zone {zone}")]
+    NoRandomWriteArea {
+        /// The zone.
+        zone: ZoneNo,
+    },
     /// A request in the zone was dropped before it was over, so nobody knows what the zone holds above its
     /// written end: it admits nothing until the image is opened again.
     #[error("zone {zone} lost track of a request and is unusable until the image is opened again")]

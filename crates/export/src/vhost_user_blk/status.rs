@@ -51,7 +51,9 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
         | ZoneError::NotSequentialRequired { .. }
         | ZoneError::NotZoneStart { .. }
         | ZoneError::AppendTooLarge { .. }
-        | ZoneError::InvalidTransition { .. } => Status::ZoneInvalidCmd,
+        | ZoneError::InvalidTransition { .. }
+        | ZoneError::RandomWriteArea { .. }
+        | ZoneError::NoRandomWriteArea { .. } => Status::ZoneInvalidCmd,
         // Not the driver's fault, and no rule of zones either.
         ZoneError::Poisoned { .. } => Status::IoErr,
     }

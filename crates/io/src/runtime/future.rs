@@ -1,6 +1,6 @@
 //! Futures of operations.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::pin::Pin;
@@ -33,10 +33,13 @@ impl<'a> Operation<'a> {
     }
 }
 
-impl Future for Operation<'_> {
-    type Output = io::Result<()>;
+impl Operation<'_> {
+    /// The outcome as the reactor has it: zero, a status or a negative errno, and a result.
+    pub(crate) async fn outcome(mut self) -> (i32, u64) {
+        poll_fn(|cx| self.advance(cx)).await
+    }
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<(i32, u64)> {
         match std::mem::replace(&mut self.state, State::Over) {
             State::New(request) => {
                 let inner = with_current(Rc::clone);
@@ -45,18 +48,25 @@ impl Future for Operation<'_> {
                 Poll::Pending
             }
             State::Waiting(inner, index) => {
-                let result = inner.reactor.borrow_mut().poll(index, cx);
-                match result {
-                    Poll::Ready(0) => Poll::Ready(Ok(())),
-                    Poll::Ready(error) => Poll::Ready(Err(io::Error::from_raw_os_error(-error))),
-                    Poll::Pending => {
-                        self.state = State::Waiting(inner, index);
-                        Poll::Pending
-                    }
+                let outcome = inner.reactor.borrow_mut().poll(index, cx);
+                if outcome.is_pending() {
+                    self.state = State::Waiting(inner, index);
                 }
+                outcome
             }
             State::Over => panic!("an operation was polled after its end"),
         }
+    }
+}
+
+impl Future for Operation<'_> {
+    type Output = io::Result<()>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.advance(cx).map(|(result, _)| match result {
+            0 => Ok(()),
+            error => Err(io::Error::from_raw_os_error(-error)),
+        })
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod future;
 mod ops;
+mod passthrough;
 mod spin;
 mod task;
 mod threads;
@@ -34,7 +35,7 @@ pub use spin::{PollRegistration, PollSource, add_poll_source};
 pub use task::{TaskPool, spawn};
 pub use timer::{Sleep, sleep};
 
-use ops::{Reactor, Slab};
+use ops::{Completion, Reactor, Slab};
 use spin::Spinner;
 use task::{Boxed, Target};
 use timer::Timers;
@@ -471,9 +472,9 @@ impl Driver {
         }
     }
 
-    fn reap(&mut self, out: &mut Vec<(u32, i32)>) {
+    fn reap(&mut self, slab: &mut Slab, out: &mut Vec<Completion>) {
         match self {
-            Driver::Uring(ring) => ring.reap(out),
+            Driver::Uring(ring) => ring.reap(slab, out),
             Driver::Threads(threads) => threads.reap(out),
         }
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::Driver;
 use crate::buf::IoBuf;
 use crate::file::File;
+use crate::nvme::NvmeCommand;
 use crate::sys::{IOV_MAX, MAX_RW, NO_OFFSET};
 
 /// Slots are allocated this many at a time and never move.
@@ -30,6 +31,8 @@ pub(crate) enum Kind {
     },
     /// Wait until the descriptor is readable.
     Poll,
+    /// A command for an NVMe device, with the buffer as its data.
+    Nvme(NvmeCommand),
 }
 
 /// An operation as its future describes it.
@@ -54,8 +57,18 @@ enum State {
         next: u32,
     },
     InFlight,
-    /// The result: zero or a negative errno.
-    Done(i32),
+    /// The outcome: zero or a negative errno; of a command for a device its status, too, and its result.
+    Done(i32, u64),
+}
+
+/// One step of an operation is over.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Completion {
+    pub(crate) index: u32,
+    /// Bytes moved, the status of a command for a device, or a negative errno.
+    pub(crate) result: i32,
+    /// The result of a command for a device.
+    pub(crate) value: u64,
 }
 
 /// One operation and its memory.
@@ -218,7 +231,7 @@ pub(crate) struct Reactor {
     pub(crate) driver: Driver,
     /// Operations that the driver has not completed yet.
     in_flight: usize,
-    completions: Vec<(u32, i32)>,
+    completions: Vec<Completion>,
     /// What completed operations held and woke; handled when the reactor is not borrowed, since it may run code
     /// that wants it.
     pub(crate) finished: Finished,
@@ -260,13 +273,13 @@ impl Reactor {
         index
     }
 
-    /// The result of an operation, zero or a negative errno. Ready gives the slot back.
-    pub(crate) fn poll(&mut self, index: u32, cx: &Context<'_>) -> Poll<i32> {
+    /// The outcome of an operation, as in [`State::Done`]. Ready gives the slot back.
+    pub(crate) fn poll(&mut self, index: u32, cx: &Context<'_>) -> Poll<(i32, u64)> {
         let slot = self.slab.get(index);
         match slot.state {
-            State::Done(result) => {
+            State::Done(result, value) => {
                 let _ = self.slab.give_back(index);
-                Poll::Ready(result)
+                Poll::Ready((result, value))
             }
             State::InFlight => {
                 match &mut slot.waker {
@@ -286,7 +299,7 @@ impl Reactor {
             return None;
         }
         let slot = self.slab.get(index);
-        if matches!(slot.state, State::Done(_)) {
+        if matches!(slot.state, State::Done(..)) {
             return self.slab.give_back(index).0;
         }
         slot.abandoned = Some(file);
@@ -299,7 +312,11 @@ impl Reactor {
 
     fn cancel(&mut self, index: u32) {
         if self.driver.cancel(&mut self.slab, index) {
-            self.completed(index, -libc::ECANCELED);
+            self.completed(Completion {
+                index,
+                result: -libc::ECANCELED,
+                value: 0,
+            });
         }
     }
 
@@ -311,9 +328,9 @@ impl Reactor {
     /// Takes completions. Afterwards `finished` holds whom to wake.
     pub(crate) fn reap(&mut self) {
         let mut completions = std::mem::take(&mut self.completions);
-        self.driver.reap(&mut completions);
-        for (index, result) in completions.drain(..) {
-            self.completed(index, result);
+        self.driver.reap(&mut self.slab, &mut completions);
+        for completion in completions.drain(..) {
+            self.completed(completion);
         }
         self.completions = completions;
     }
@@ -328,25 +345,27 @@ impl Reactor {
         self.driver.wait(&mut self.slab, timeout);
     }
 
-    /// One step of an operation ended with a number of bytes or a negative errno.
-    fn completed(&mut self, index: u32, result: i32) {
+    fn completed(&mut self, completion: Completion) {
+        let Completion { index, result, value } = completion;
         let slot = self.slab.get(index);
         let outcome = match slot.request.kind {
             Kind::Poll => Some(result.min(0)),
+            // Interrupted means given up half-way: a command is never sent twice.
+            Kind::Nvme(_) => Some(result),
             _ if result == -libc::EINTR || result == -libc::EAGAIN => None,
             Kind::Read | Kind::Write => advance(&mut slot.done, &slot.request, result),
             _ => Some(result.min(0)),
         };
         match outcome {
-            Some(result) => self.finish(index, result),
+            Some(result) => self.finish(index, result, value),
             None => self.driver.push(&mut self.slab, index),
         }
     }
 
-    fn finish(&mut self, index: u32, result: i32) {
+    fn finish(&mut self, index: u32, result: i32, value: u64) {
         self.in_flight -= 1;
         let slot = self.slab.get(index);
-        slot.state = State::Done(result);
+        slot.state = State::Done(result, value);
         self.finished.bufs.extend(slot.request.buf.take());
         self.finished.wakers.extend(slot.waker.take());
         if slot.abandoned.is_some() {

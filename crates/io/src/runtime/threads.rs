@@ -11,9 +11,9 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::ops::{IoVec, Kind, Slab};
+use super::ops::{Completion, IoVec, Kind, Slab};
 use super::wake::Shared;
-use crate::sys;
+use crate::{nvme, sys};
 
 /// Requests that one runtime has in the kernel at once.
 const MAX_WORKERS: usize = 16;
@@ -35,7 +35,7 @@ pub(crate) struct Threads {
 struct Crew {
     queue: Mutex<Queue>,
     work: Condvar,
-    done: Mutex<Vec<(u32, i32)>>,
+    done: Mutex<Vec<Completion>>,
     shared: Arc<Shared>,
 }
 
@@ -88,7 +88,7 @@ impl Threads {
         );
         let vectors = match kind {
             Kind::Poll => return self.polls.push((fd, index)),
-            Kind::Read | Kind::Write => slot.vectors().to_vec(),
+            Kind::Read | Kind::Write | Kind::Nvme(_) => slot.vectors().to_vec(),
             _ => Vec::new(),
         };
         self.pending.push(Job {
@@ -142,7 +142,7 @@ impl Threads {
         self.polls.len() != before
     }
 
-    pub(crate) fn reap(&mut self, out: &mut Vec<(u32, i32)>) {
+    pub(crate) fn reap(&mut self, out: &mut Vec<Completion>) {
         if self.shared.completions.load(Ordering::Relaxed) {
             let mut done = lock(&self.crew.done);
             self.shared.completions.store(false, Ordering::Relaxed);
@@ -187,7 +187,7 @@ impl Threads {
 
     /// Completes the polls that the last look found ready. Polls were only added since, at the end, or removed
     /// together with their position: then the descriptors do not match and the next look finds them.
-    fn take_ready(&mut self, out: &mut Vec<(u32, i32)>) {
+    fn take_ready(&mut self, out: &mut Vec<Completion>) {
         if self.pollfds.len() <= 1 {
             return;
         }
@@ -200,7 +200,11 @@ impl Threads {
         self.polls.retain(|(fd, index)| {
             let found = ready.contains(fd);
             if found {
-                out.push((*index, 0));
+                out.push(Completion {
+                    index: *index,
+                    result: 0,
+                    value: 0,
+                });
             }
             !found
         });
@@ -230,10 +234,14 @@ impl Crew {
                 queue.idle -= 1;
             };
             drop(queue);
-            let result = job.run();
+            let (result, value) = job.run();
             {
                 let mut done = lock(&self.done);
-                done.push((job.index, result));
+                done.push(Completion {
+                    index: job.index,
+                    result,
+                    value,
+                });
                 self.shared.completions.store(true, Ordering::Relaxed);
             }
             self.shared.notify();
@@ -242,16 +250,19 @@ impl Crew {
 }
 
 impl Job {
-    fn run(&self) -> i32 {
-        match self.kind {
+    fn run(&self) -> (i32, u64) {
+        let result = match self.kind {
             // SAFETY: the slot keeps the memory until the completion; see `Send`.
             Kind::Read => unsafe { sys::preadv(self.fd, &self.vectors, self.offset) },
             // SAFETY: likewise.
             Kind::Write => unsafe { sys::pwritev(self.fd, &self.vectors, self.offset) },
             Kind::Sync { data_only } => sys::fsync(self.fd, data_only),
             Kind::Allocate { mode } => sys::fallocate(self.fd, mode, self.offset, self.len),
+            // SAFETY: likewise.
+            Kind::Nvme(command) => return unsafe { nvme::ioctl(self.fd, &command, &self.vectors) },
             Kind::Poll => unreachable!("polls are not jobs"),
-        }
+        };
+        (result, 0)
     }
 }
 

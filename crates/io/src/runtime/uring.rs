@@ -15,7 +15,8 @@ use io_uring::squeue::Entry;
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode};
 
-use super::ops::{IoVec, Kind, Slab};
+use super::ops::{Completion, IoVec, Kind, Slab};
+use super::passthrough::Passthrough;
 use super::wake::Shared;
 use crate::sys::IOV_MAX;
 
@@ -34,6 +35,8 @@ pub(crate) struct Uring {
     /// What found no room in the submission queue.
     backlog: VecDeque<u32>,
     cancels: VecDeque<u64>,
+    /// For commands to devices, once there was one.
+    passthrough: Option<Box<Passthrough>>,
 }
 
 impl Uring {
@@ -53,10 +56,18 @@ impl Uring {
             armed: false,
             backlog: VecDeque::new(),
             cancels: VecDeque::new(),
+            passthrough: None,
         })
     }
 
     pub(crate) fn push(&mut self, slab: &mut Slab, index: u32) {
+        if let Kind::Nvme(_) = slab.get(index).request.kind {
+            let shared = &self.shared;
+            let passthrough = self
+                .passthrough
+                .get_or_insert_with(|| Box::new(Passthrough::new(shared.clone())));
+            return passthrough.push(slab, index);
+        }
         let entry = entry(slab, index);
         if !self.backlog.is_empty() || !self.try_push(&entry) {
             self.enter(0, None);
@@ -91,6 +102,9 @@ impl Uring {
         if !self.ring.submission().is_empty() {
             self.enter(0, None);
         }
+        if let Some(passthrough) = &mut self.passthrough {
+            passthrough.submit(slab);
+        }
     }
 
     pub(crate) fn cancel(&mut self, index: u32) {
@@ -100,7 +114,7 @@ impl Uring {
         }
     }
 
-    pub(crate) fn reap(&mut self, out: &mut Vec<(u32, i32)>) {
+    pub(crate) fn reap(&mut self, slab: &mut Slab, out: &mut Vec<Completion>) {
         if self.has_task_work() {
             self.enter(0, None);
         }
@@ -109,17 +123,26 @@ impl Uring {
             match completion.user_data() {
                 WAKE => woken = true,
                 IGNORE => {}
-                index => out.push((index as u32, completion.result())),
+                index => out.push(Completion {
+                    index: index as u32,
+                    result: completion.result(),
+                    value: 0,
+                }),
             }
         }
         if woken {
             self.armed = false;
             self.shared.drain_eventfd();
         }
+        // After the eventfd was emptied: what comes later rings it again.
+        if let Some(passthrough) = &mut self.passthrough {
+            passthrough.reap(slab, out);
+        }
     }
 
     pub(crate) fn has_completions(&mut self) -> bool {
-        !self.ring.completion().is_empty() || self.has_task_work()
+        let commands = self.passthrough.as_mut().is_some_and(|p| p.has_completions());
+        commands || !self.ring.completion().is_empty() || self.has_task_work()
     }
 
     /// Whether the kernel holds completions back until it is entered.
@@ -136,7 +159,8 @@ impl Uring {
             }
             self.armed = true;
         }
-        if self.backlog.is_empty() && self.cancels.is_empty() {
+        let waiting = self.passthrough.as_ref().is_some_and(|p| p.has_backlog());
+        if self.backlog.is_empty() && self.cancels.is_empty() && !waiting {
             self.enter(1, timeout);
         } else {
             self.submit(slab);
@@ -233,6 +257,7 @@ fn entry(slab: &mut Slab, index: u32) -> Entry {
             .mode(mode)
             .build(),
         Kind::Poll => opcode::PollAdd::new(fd, libc::POLLIN as u32).build(),
+        Kind::Nvme(_) => unreachable!("commands for devices have a ring of their own"),
     };
     entry.user_data(u64::from(index))
 }

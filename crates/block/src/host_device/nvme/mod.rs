@@ -1,0 +1,167 @@
+//! A zoned namespace of an NVMe drive, talked to by commands of our own through its character device (`/dev/ng0n1`):
+//! what the block device does not give, appends that the drive places, zone random write areas and descriptor
+//! extensions. The block layer of the kernel is not asked, and does not notice.
+
+mod facts;
+mod namespace;
+mod open;
+mod report;
+mod status;
+mod storage;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use zbdkit_io::{File, IoBuf};
+use zbdkit_spec::nvme::zns::SendAction;
+use zbdkit_zone::{Model, ZoneInfo};
+
+pub use facts::{KernelLimits, NamespaceFacts, ZrwaFacts};
+use namespace::Namespace;
+use storage::NamespaceStorage;
+
+use super::drive::{Drive, DriveFacts};
+use super::sysfs::ZoneFacts;
+use crate::error::{Error, OpenError};
+use crate::node::{Request, ZoneOp};
+
+/// A zoned namespace.
+pub struct NvmeDrive {
+    facts: DriveFacts,
+    namespace: Arc<Namespace>,
+    /// The namespace as a file.
+    file: File,
+    /// The namespace's block device, held so that nobody else takes it meanwhile.
+    _claim: Option<std::fs::File>,
+}
+
+impl NvmeDrive {
+    /// The drive behind namespace `nsid` of `device`, a character device of NVMe.
+    ///
+    /// # Errors
+    /// The drive does not answer, has no such namespace, or one without zones or that is formatted in a way that
+    /// is not supported: metadata, protection information.
+    pub async fn new(
+        path: PathBuf,
+        device: File,
+        nsid: u32,
+        read_only: bool,
+        kernel: KernelLimits,
+    ) -> Result<NvmeDrive, OpenError> {
+        let namespace = match Namespace::identify(device, nsid, kernel).await? {
+            Ok(namespace) => Arc::new(namespace),
+            Err(problem) => return Err(OpenError::data(&path, problem.to_string())),
+        };
+        let about = &namespace.facts;
+        let facts = DriveFacts {
+            path,
+            size: about.size,
+            block_size: about.block_size,
+            read_only: read_only || about.write_protected,
+            zones: ZoneFacts {
+                model: Model::HostManaged,
+                zone_size: about.zone_size,
+                nr_zones: about.nr_zones,
+                max_open: about.max_open,
+                max_active: about.max_active,
+                max_append: about.max_append,
+                write_granularity: about.block_size,
+            },
+        };
+        Ok(NvmeDrive {
+            facts,
+            file: File::custom(Arc::new(NamespaceStorage::new(namespace.clone()))),
+            namespace,
+            _claim: None,
+        })
+    }
+
+    /// What the namespace says of itself.
+    pub fn namespace(&self) -> &NamespaceFacts {
+        &self.namespace.facts
+    }
+
+    /// Opens the zone explicitly with a zone random write area, which takes one of the namespace's
+    /// ([`ZrwaFacts::areas`]) until the zone is full or reset. Only from empty, or closed with a write pointer that is a
+    /// multiple of [`ZrwaFacts::granularity`] from its start (ZNS 1.2, 5.7).
+    pub async fn open_with_zrwa(&self, zone_start: u64) -> Result<(), Error> {
+        if self.namespace.facts.zrwa.is_none() {
+            return Err(Error::NotSupported("a zone random write area"));
+        }
+        self.namespace.open_with_zrwa(zone_start).await
+    }
+
+    /// Commits the zone random write area up to the block that ends at byte `end`: the write pointer moves there.
+    pub async fn flush_zrwa(&self, end: u64) -> Result<(), Error> {
+        match self.namespace.facts.zrwa {
+            Some(zrwa) if zrwa.explicit_flush => self.namespace.flush_zrwa(end).await,
+            _ => Err(Error::NotSupported("flushing a zone random write area")),
+        }
+    }
+
+    /// Attaches `extension` to an empty zone, which is closed afterwards and takes an active resource. Shorter ones are
+    /// filled up with zeros.
+    pub async fn set_extension(&self, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
+        let size = self.namespace.facts.extension_size;
+        if size == 0 {
+            return Err(Error::NotSupported("zone descriptor extensions"));
+        }
+        if extension.len() > size {
+            return Err(Error::Io {
+                op: "setting a zone descriptor extension",
+                errno: libc::EINVAL,
+            });
+        }
+        self.namespace.set_extension(zone_start, extension).await
+    }
+
+    /// The extension of a zone, where it has one.
+    pub async fn extension(&self, zone_start: u64) -> Result<Option<Vec<u8>>, Error> {
+        if self.namespace.facts.extension_size == 0 {
+            return Err(Error::NotSupported("zone descriptor extensions"));
+        }
+        self.namespace.extension(zone_start).await
+    }
+}
+
+impl Drive for NvmeDrive {
+    fn facts(&self) -> &DriveFacts {
+        &self.facts
+    }
+
+    fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn report<'a>(&'a self, from: u64, max: usize) -> Request<'a, Vec<ZoneInfo>> {
+        Box::pin(self.namespace.report(from, max))
+    }
+
+    fn zone_op<'a>(&'a self, op: ZoneOp, zone_start: u64, _len: u64) -> Request<'a, ()> {
+        let (name, action) = match op {
+            ZoneOp::Open => ("zone open", SendAction::OPEN),
+            // An opened zone without data becomes closed, whatever is asked: the drive knows nothing else.
+            ZoneOp::Close(_) => ("zone close", SendAction::CLOSE),
+            ZoneOp::Finish => ("zone finish", SendAction::FINISH),
+            ZoneOp::Reset => ("zone reset", SendAction::RESET),
+            // The drive does it to read-only zones.
+            ZoneOp::SetOffline => ("zone offline", SendAction::OFFLINE),
+            ZoneOp::SetReadOnly | ZoneOp::SetNormal => {
+                return Box::pin(async { Err(Error::NotSupported("setting a zone's condition")) });
+            }
+        };
+        Box::pin(self.namespace.manage(name, action, zone_start))
+    }
+
+    fn reset_all<'a>(&'a self) -> Request<'a, ()> {
+        Box::pin(self.namespace.reset_all())
+    }
+
+    fn has_append(&self) -> bool {
+        true
+    }
+
+    fn append<'a>(&'a self, buf: IoBuf, zone_start: u64) -> Request<'a, u64> {
+        Box::pin(self.namespace.append(buf, zone_start))
+    }
+}

@@ -1,0 +1,206 @@
+//! What a drive's status means.
+
+use zbdkit_spec::nvme::Status;
+use zbdkit_zone::{ZoneError, ZoneInfo};
+
+use super::facts::NamespaceFacts;
+use crate::error::Error;
+
+/// A command that failed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Failed {
+    /// What was tried.
+    pub(super) op: &'static str,
+    /// First byte of the request.
+    pub(super) offset: u64,
+    /// Its length, 0 where it has none.
+    pub(super) len: u64,
+}
+
+impl Failed {
+    /// The error that a status is. `zone` is where the request starts, as reported after it failed; the values of some errors
+    /// come from there.
+    pub(super) fn error(self, status: Status, zone: &ZoneInfo, facts: &NamespaceFacts) -> Error {
+        let Failed { op, offset, len } = self;
+        let no = zone.zone;
+        let io = |errno| Error::Io { op, errno };
+        match status {
+            Status::ZONE_BOUNDARY_ERROR => {
+                let (end, writable) = (zone.start + zone.len, zone.start + zone.capacity);
+                match offset.saturating_add(len) <= end {
+                    true => ZoneError::ExceedsCapacity {
+                        zone: no,
+                        offset,
+                        len,
+                        end: writable,
+                    },
+                    false => ZoneError::Boundary {
+                        zone: no,
+                        offset,
+                        len,
+                        end,
+                    },
+                }
+                .into()
+            }
+            Status::ZONE_IS_FULL => ZoneError::Full { zone: no }.into(),
+            Status::ZONE_IS_READ_ONLY => ZoneError::ReadOnly { zone: no }.into(),
+            Status::ZONE_IS_OFFLINE => ZoneError::Offline { zone: no }.into(),
+            Status::ZONE_INVALID_WRITE => ZoneError::NotAtWritePointer {
+                zone: no,
+                offset,
+                wp: zone.wp,
+            }
+            .into(),
+            Status::TOO_MANY_ACTIVE_ZONES => ZoneError::TooManyActive {
+                limit: facts.max_active,
+            }
+            .into(),
+            Status::TOO_MANY_OPEN_ZONES => ZoneError::TooManyOpen {
+                limit: facts.max_open,
+            }
+            .into(),
+            Status::INVALID_ZONE_STATE_TRANSITION => ZoneError::InvalidTransition {
+                zone: no,
+                condition: zone.condition,
+            }
+            .into(),
+            // An append to a zone with a random write area, or another area for a zone that has one.
+            Status::INVALID_ZONE_OPERATION => ZoneError::RandomWriteArea { zone: no }.into(),
+            Status::ZRWA_RESOURCES_UNAVAILABLE => ZoneError::NoRandomWriteArea { zone: no }.into(),
+            Status::LBA_OUT_OF_RANGE => Error::OutOfRange {
+                offset,
+                len,
+                size: facts.size,
+            },
+            Status::NAMESPACE_WRITE_PROTECTED | Status::ATTEMPTED_WRITE_TO_READ_ONLY_RANGE => io(libc::EROFS),
+            Status::CAPACITY_EXCEEDED => io(libc::ENOSPC),
+            Status::INVALID_OPCODE => io(libc::EOPNOTSUPP),
+            Status::INVALID_FIELD | Status::INVALID_NAMESPACE_OR_FORMAT | Status::CONFLICTING_ATTRIBUTES => {
+                io(libc::EINVAL)
+            }
+            Status::WRITE_FAULT
+            | Status::UNRECOVERED_READ_ERROR
+            | Status::ACCESS_DENIED
+            | Status::DEALLOCATED_OR_UNWRITTEN => io(libc::ENODATA),
+            Status::GUARD_CHECK_ERROR
+            | Status::APPLICATION_TAG_CHECK_ERROR
+            | Status::REFERENCE_TAG_CHECK_ERROR
+            | Status::INVALID_PROTECTION_INFORMATION => io(libc::EILSEQ),
+            Status::RESERVATION_CONFLICT => io(libc::EBADE),
+            Status::INTERNAL_PATH_ERROR
+            | Status::ANA_PERSISTENT_LOSS
+            | Status::ANA_INACCESSIBLE
+            | Status::ANA_TRANSITION
+            | Status::CONTROLLER_PATHING_ERROR
+            | Status::HOST_PATHING_ERROR => io(libc::ENOLINK),
+            // Everything else says only that it failed.
+            _ => io(libc::EIO),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host_device::nvme::facts::tests_support::facts;
+    use zbdkit_zone::{Condition, Counters, ZoneNo, ZoneType};
+
+    const START: u64 = 0x4000 * 4096;
+    const ZONE: ZoneInfo = ZoneInfo {
+        zone: ZoneNo(1),
+        start: START,
+        len: 0x4000 * 4096,
+        capacity: 0x3000 * 4096,
+        wp: START + 8192,
+        written_end: START + 8192,
+        kind: ZoneType::SequentialRequired,
+        condition: Condition::Closed,
+        counters: Counters {
+            resets: 0,
+            finishes: 0,
+            bytes_written: 0,
+        },
+    };
+
+    fn error(status: Status, offset: u64, len: u64) -> Error {
+        let failed = Failed {
+            op: "write",
+            offset,
+            len,
+        };
+        failed.error(status, &ZONE, &facts())
+    }
+
+    #[test]
+    fn every_status_of_zones_has_its_own_error() {
+        let zone = ZoneNo(1);
+        let (offset, len) = (START + 4096, 4096);
+        let condition = Condition::Closed;
+        let wp = START + 8192;
+        for (status, expected) in [
+            (
+                Status::INVALID_ZONE_OPERATION,
+                ZoneError::RandomWriteArea { zone },
+            ),
+            (
+                Status::ZRWA_RESOURCES_UNAVAILABLE,
+                ZoneError::NoRandomWriteArea { zone },
+            ),
+            (Status::ZONE_IS_FULL, ZoneError::Full { zone }),
+            (Status::ZONE_IS_READ_ONLY, ZoneError::ReadOnly { zone }),
+            (Status::ZONE_IS_OFFLINE, ZoneError::Offline { zone }),
+            (
+                Status::ZONE_INVALID_WRITE,
+                ZoneError::NotAtWritePointer { zone, offset, wp },
+            ),
+            (
+                Status::TOO_MANY_ACTIVE_ZONES,
+                ZoneError::TooManyActive { limit: 4 },
+            ),
+            (Status::TOO_MANY_OPEN_ZONES, ZoneError::TooManyOpen { limit: 3 }),
+            (
+                Status::INVALID_ZONE_STATE_TRANSITION,
+                ZoneError::InvalidTransition { zone, condition },
+            ),
+        ] {
+            assert_eq!(error(status, offset, len), Error::Zone(expected));
+        }
+    }
+
+    #[test]
+    fn a_boundary_is_the_capacity_or_the_next_zone() {
+        let (zone, writable, end) = (ZoneNo(1), START + 0x3000 * 4096, START + 0x4000 * 4096);
+        let (offset, len) = (writable - 4096, 8192);
+        let expected = ZoneError::ExceedsCapacity {
+            zone,
+            offset,
+            len,
+            end: writable,
+        };
+        assert_eq!(
+            error(Status::ZONE_BOUNDARY_ERROR, offset, len),
+            Error::Zone(expected)
+        );
+        let (offset, len) = (end - 4096, 8192);
+        let expected = ZoneError::Boundary {
+            zone,
+            offset,
+            len,
+            end,
+        };
+        assert_eq!(
+            error(Status::ZONE_BOUNDARY_ERROR, offset, len),
+            Error::Zone(expected)
+        );
+    }
+
+    #[test]
+    fn a_status_that_nobody_knows_is_an_io_error() {
+        assert_eq!(error(Status(0x7ff), START, 4096).errno(), libc::EIO);
+        assert_eq!(
+            error(Status::UNRECOVERED_READ_ERROR, START, 4096).errno(),
+            libc::ENODATA
+        );
+    }
+}

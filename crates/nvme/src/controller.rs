@@ -1,0 +1,284 @@
+//! A controller: its properties, its state, and what its queues share.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use zbdkit_spec::nvme::Status;
+use zbdkit_spec::nvme::base::MIN_PAGE_BYTES;
+use zbdkit_spec::nvme::command::SubmissionEntry;
+use zbdkit_spec::nvme::controller::{
+    CSS_ADMIN_ONLY, CSS_ALL, CSS_NVM, Cap, Cc, Crto, Csts, SHST_COMPLETE, SHST_OCCURRING, VERSION_2_1,
+};
+
+use crate::error_log::ErrorLog;
+use crate::namespace::Namespace;
+use crate::stats::{QueueStats, Totals};
+use crate::status::Failure;
+use crate::subsystem::Subsystem;
+
+/// What a transport makes of a controller.
+#[derive(Clone, Debug)]
+pub struct ControllerOptions {
+    /// Most I/O submission queues, and as many completion queues.
+    pub io_queues: u16,
+    /// Most entries of an I/O queue, 2 to 65536.
+    pub queue_entries: u32,
+    /// Largest memory page, as a power of two of 4096 bytes (CAP.MPSMAX).
+    pub max_page: u8,
+    /// Most data of a command, as a power of two of 4096 bytes (MDTS), 1 to 12.
+    pub max_transfer: u8,
+    /// SGL support (SGLS of Identify Controller); 0 for none.
+    pub sgls: u32,
+    /// The transport has Doorbell Buffer Config.
+    pub doorbell_buffers: bool,
+    /// PCI vendor and subsystem vendor; 0 elsewhere.
+    pub pci_vendor: [u16; 2],
+    /// IEEE OUI.
+    pub ieee: [u8; 3],
+}
+
+impl Default for ControllerOptions {
+    fn default() -> ControllerOptions {
+        ControllerOptions {
+            io_queues: 16,
+            queue_entries: 1024,
+            max_page: 0,
+            max_transfer: 8,
+            sgls: 0,
+            doorbell_buffers: false,
+            pci_vendor: [0; 2],
+            ieee: [0; 3],
+        }
+    }
+}
+
+/// What a write of CC asks the transport to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing.
+    Nothing,
+    /// Make the admin queue, then [`Controller::set_ready`]; or [`Controller::set_fatal`] where that is impossible.
+    Enable,
+    /// Stop all queues and forget their commands, then [`Controller::reset`].
+    Disable,
+    /// Let the commands that execute end, then [`Controller::shut_down`].
+    Shutdown,
+}
+
+/// A controller. It lives as long as the transport's connection; resets keep it.
+pub struct Controller {
+    subsystem: Arc<Subsystem>,
+    id: u16,
+    options: ControllerOptions,
+    state: Mutex<State>,
+    /// CC.CSS, as it was when the controller was enabled.
+    css: AtomicU8,
+    /// Whether there is a volatile write cache: else each write is durable before it completes.
+    pub(crate) write_cache: AtomicBool,
+    stats: Mutex<Vec<Arc<QueueStats>>>,
+    errors: Mutex<ErrorLog>,
+}
+
+#[derive(Default)]
+struct State {
+    cc: Cc,
+    csts: Csts,
+}
+
+impl Controller {
+    /// Adds a controller to a subsystem.
+    pub fn new(subsystem: &Arc<Subsystem>, options: ControllerOptions) -> Arc<Controller> {
+        subsystem.admit(|id| Controller {
+            subsystem: subsystem.clone(),
+            id,
+            options,
+            state: Mutex::default(),
+            css: AtomicU8::new(CSS_NVM),
+            write_cache: AtomicBool::new(true),
+            stats: Mutex::default(),
+            errors: Mutex::default(),
+        })
+    }
+
+    /// The subsystem that it is part of.
+    pub fn subsystem(&self) -> &Arc<Subsystem> {
+        &self.subsystem
+    }
+
+    /// Its identifier.
+    pub fn id(&self) -> u16 {
+        self.id
+    }
+
+    /// What it was made with.
+    pub fn options(&self) -> &ControllerOptions {
+        &self.options
+    }
+
+    /// CAP.
+    pub fn capabilities(&self) -> Cap {
+        let entries = self.options.queue_entries.clamp(2, 1 << 16);
+        Cap::new()
+            .with_mqes_z(u16::try_from(entries - 1).unwrap_or(u16::MAX))
+            .with_cqr(true)
+            .with_to(READY_TIMEOUT)
+            .with_css_nvm(true)
+            .with_css_all(true)
+            .with_mpsmax(self.options.max_page.min(15))
+            .with_crwms(true)
+    }
+
+    /// VS.
+    pub fn version(&self) -> u32 {
+        VERSION_2_1
+    }
+
+    /// CRTO.
+    pub fn ready_timeouts(&self) -> Crto {
+        Crto::new().with_crwmt(READY_TIMEOUT.into())
+    }
+
+    /// CC, as the host wrote it.
+    pub fn configuration(&self) -> Cc {
+        self.state().cc
+    }
+
+    /// CSTS.
+    pub fn status(&self) -> Csts {
+        self.state().csts
+    }
+
+    /// The host writes CC.
+    #[must_use = "the transport has to follow"]
+    pub fn configure(&self, cc: Cc) -> Change {
+        let mut state = self.state();
+        let old = std::mem::replace(&mut state.cc, cc);
+        match (old.en(), cc.en()) {
+            (false, true) if self.can_enable(cc) => {
+                self.css.store(cc.css(), Ordering::Relaxed);
+                Change::Enable
+            }
+            (false, true) => {
+                state.csts.set_cfs(true);
+                Change::Nothing
+            }
+            (true, false) => Change::Disable,
+            _ if cc.shn() != 0 && old.shn() == 0 => {
+                state.csts.set_shst(SHST_OCCURRING);
+                Change::Shutdown
+            }
+            _ => Change::Nothing,
+        }
+    }
+
+    fn can_enable(&self, cc: Cc) -> bool {
+        matches!(cc.css(), CSS_NVM | CSS_ALL | CSS_ADMIN_ONLY)
+            && cc.mps() <= self.options.max_page
+            && cc.ams() == 0
+            && (cc.iosqes(), cc.iocqes()) == (6, 4)
+    }
+
+    /// The admin queue is there: CSTS.RDY.
+    pub fn set_ready(&self) {
+        self.state().csts.set_rdy(true);
+    }
+
+    /// Something happened that only a reset mends: CSTS.CFS.
+    pub fn set_fatal(&self) {
+        self.state().csts.set_cfs(true);
+    }
+
+    /// The controller is as new, but for what survives a reset; CC is zero but for what the host wrote.
+    pub fn reset(&self) {
+        self.write_cache.store(true, Ordering::Relaxed);
+        let mut state = self.state();
+        state.csts = Csts::new();
+    }
+
+    /// Makes everything durable; CSTS says so afterwards. A failure of a namespace leaves nothing to be done here: what
+    /// it means is what the next flush would have said.
+    pub async fn shut_down(&self) {
+        for namespace in self.subsystem.namespaces() {
+            let lane = namespace.device.lane(1);
+            if let Err(failure) = namespace.flush(&lane).await {
+                tracing::warn!(
+                    "a namespace could not be flushed at shutdown: {:?}",
+                    failure.status
+                );
+            }
+        }
+        self.state().csts.set_shst(SHST_COMPLETE);
+    }
+
+    /// Most data of a command, bytes.
+    pub fn max_transfer(&self) -> usize {
+        (MIN_PAGE_BYTES as usize) << self.options.max_transfer.clamp(1, 12)
+    }
+
+    /// Longest Zone Append, bytes: the least of the zoned namespaces' limits, as a power of two of pages (ZASL).
+    pub fn max_append(&self) -> u64 {
+        let namespaces = self.subsystem.namespaces().iter();
+        let limits = namespaces.filter_map(|namespace| Some(namespace.zones()?.max_append));
+        let least = limits.chain([self.max_transfer() as u64]).min().unwrap_or(0);
+        1 << least.max(1).ilog2()
+    }
+
+    pub(crate) fn log_error(&self, sqid: u16, entry: &SubmissionEntry, failure: &Failure) {
+        let csi = self
+            .subsystem
+            .namespace(entry.nsid.get())
+            .map_or(0, |namespace| namespace.csi().0);
+        self.errors().add(sqid, entry, csi, failure);
+    }
+
+    pub(crate) fn errors(&self) -> MutexGuard<'_, ErrorLog> {
+        self.errors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The namespace that an I/O command names.
+    pub(crate) fn io_namespace(&self, nsid: u32) -> Result<(usize, &Namespace), Failure> {
+        let namespace = self.active(nsid).ok_or(Status::INVALID_NAMESPACE_OR_FORMAT)?;
+        namespace.check_ready()?;
+        Ok((nsid as usize - 1, namespace))
+    }
+
+    /// A namespace that is active: attached, and of a command set that is enabled.
+    pub(crate) fn active(&self, nsid: u32) -> Option<&Namespace> {
+        self.subsystem
+            .namespace(nsid)
+            .filter(|namespace| self.is_active(namespace))
+    }
+
+    /// Whether a namespace's command set is enabled.
+    pub(crate) fn is_active(&self, namespace: &Namespace) -> bool {
+        namespace.zones().is_none() || self.css.load(Ordering::Relaxed) == CSS_ALL
+    }
+
+    /// Whether only admin commands are enabled.
+    pub(crate) fn admin_only(&self) -> bool {
+        self.css.load(Ordering::Relaxed) == CSS_ADMIN_ONLY
+    }
+
+    /// Counters for a queue.
+    pub(crate) fn new_stats(&self) -> Arc<QueueStats> {
+        let stats = Arc::new(QueueStats::default());
+        let mut all = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        all.push(stats.clone());
+        stats
+    }
+
+    /// What all queues have counted.
+    pub(crate) fn totals(&self) -> Totals {
+        let mut totals = Totals::default();
+        let all = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().for_each(|stats| totals.add(stats));
+        totals
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Longest time until ready, units of 500 ms.
+const READY_TIMEOUT: u8 = 20;

@@ -1,0 +1,222 @@
+//! A namespace: a device of the block graph in logical blocks.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use uuid::Uuid;
+use zbdkit_block::{CrossZone, Device, Error, Lane};
+use zbdkit_io::IoBuf;
+use zbdkit_spec::nvme::Status;
+use zbdkit_spec::nvme::base::{Csi, MIN_PAGE_BYTES};
+use zbdkit_zone::Model;
+
+use crate::command::Blocks;
+use crate::status::{Failure, Kind, failure};
+
+/// How a device is shown as a namespace.
+#[derive(Clone, Debug, Default)]
+pub struct NamespaceOptions {
+    /// What the host knows the namespace by. Without, one is made of the subsystem's name and the namespace's number.
+    pub uuid: Option<Uuid>,
+    /// Reads may cross the borders of zones (RAZB).
+    pub read_across_zones: bool,
+}
+
+/// A device that cannot be a namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NamespaceError {
+    /// ZNS knows sequential-write-required zones only.
+    #[error("{0} of its zones are conventional: namespaces have sequential zones only (ZNS 1.2, 2.1)")]
+    Conventional(u32),
+    /// ZNS knows host-managed devices only.
+    #[error(
+        "it is host-aware: zones of namespaces can only be written at their write pointers (ZNS 1.2, 2.1)"
+    )]
+    HostAware,
+    /// The append limit cannot be told.
+    #[error(
+        "its zone append limit is {0} bytes: a namespace's is a power of two of at least 8192 (ZNS 1.2, 4.1.5.2)"
+    )]
+    AppendLimit(u64),
+}
+
+/// The zones of a namespace.
+#[derive(Clone, Copy, Debug)]
+pub struct Zones {
+    /// Bytes of a zone.
+    pub size: u64,
+    /// Zones.
+    pub count: u32,
+    /// Most zones open, 0 without a limit.
+    pub max_open: u32,
+    /// Most zones active, 0 without a limit.
+    pub max_active: u32,
+    /// Longest append, bytes; 0 without a limit of its own.
+    pub max_append: u64,
+    /// Reads may cross their borders.
+    pub read_across: bool,
+}
+
+/// A namespace. Shared by all controllers of its subsystem.
+pub struct Namespace {
+    pub(crate) device: Device,
+    shift: u32,
+    size: u64,
+    uuid: Option<Uuid>,
+    zones: Option<Zones>,
+    formatting: AtomicBool,
+}
+
+impl Namespace {
+    /// Shows a device as a namespace.
+    ///
+    /// # Errors
+    /// Zones that ZNS does not know.
+    pub fn new(device: Device, options: &NamespaceOptions) -> Result<Namespace, NamespaceError> {
+        let limits = device.limits();
+        let zones = match &limits.zoned {
+            None => None,
+            Some(geometry) if geometry.model() != Model::HostManaged => {
+                return Err(NamespaceError::HostAware);
+            }
+            Some(geometry) if geometry.nr_conventional() != 0 => {
+                return Err(NamespaceError::Conventional(geometry.nr_conventional()));
+            }
+            Some(geometry) if geometry.max_append() < 2 * MIN_PAGE_BYTES => {
+                return Err(NamespaceError::AppendLimit(geometry.max_append()));
+            }
+            Some(geometry) => Some(Zones {
+                size: geometry.zone_size(),
+                count: geometry.nr_zones(),
+                max_open: geometry.max_open(),
+                max_active: geometry.max_active(),
+                max_append: geometry.max_append(),
+                read_across: options.read_across_zones,
+            }),
+        };
+        Ok(Namespace {
+            shift: limits.block_size.ilog2(),
+            // A short last zone is shown at full size, with a smaller capacity.
+            size: zones.map_or(limits.size, |zones| zones.size * u64::from(zones.count)),
+            uuid: options.uuid,
+            zones,
+            formatting: AtomicBool::new(false),
+            device,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Bytes of a logical block, as a power of two.
+    pub fn block_shift(&self) -> u32 {
+        self.shift
+    }
+
+    /// Size in logical blocks.
+    pub fn blocks(&self) -> u64 {
+        self.size >> self.shift
+    }
+
+    /// Its zones, if it is zoned.
+    pub fn zones(&self) -> Option<&Zones> {
+        self.zones.as_ref()
+    }
+
+    /// Its command set.
+    pub fn csi(&self) -> Csi {
+        if self.zones.is_some() {
+            Csi::ZONED
+        } else {
+            Csi::NVM
+        }
+    }
+
+    /// Nothing can be written.
+    pub fn read_only(&self) -> bool {
+        self.device.limits().read_only
+    }
+
+    pub(crate) fn uuid(&self) -> Option<Uuid> {
+        self.uuid
+    }
+
+    pub(crate) fn set_formatting(&self, formatting: bool) {
+        self.formatting.store(formatting, Ordering::Release);
+    }
+
+    /// Whether commands can be carried out now.
+    pub(crate) fn check_ready(&self) -> Result<(), Failure> {
+        if self.formatting.load(Ordering::Acquire) {
+            return Err(Status::FORMAT_IN_PROGRESS.into());
+        }
+        Ok(())
+    }
+
+    /// Byte offset and length of a range, within the namespace.
+    pub(crate) fn bytes(&self, blocks: Blocks) -> Result<(u64, u64), Failure> {
+        let end = blocks.start.checked_add(blocks.count.into());
+        if end.is_none_or(|end| end > self.blocks()) {
+            return Err(Status::LBA_OUT_OF_RANGE.into());
+        }
+        Ok((blocks.start << self.shift, u64::from(blocks.count) << self.shift))
+    }
+
+    pub(crate) fn cross(&self) -> CrossZone {
+        match &self.zones {
+            Some(zones) if !zones.read_across => CrossZone::Refuse,
+            _ => CrossZone::Allow,
+        }
+    }
+
+    /// Reads into all of `buf`.
+    pub(crate) async fn read(&self, lane: &Lane, buf: IoBuf, offset: u64) -> Result<(), Failure> {
+        let cross = self.cross();
+        let result = if self.ends_inside(offset, buf.len()) {
+            self.device.read(lane, buf, offset, cross).await
+        } else {
+            self.read_past_end(lane, &buf, offset, cross).await
+        };
+        result.map_err(|error| failure(&error, Kind::Read))
+    }
+
+    /// The last zone is shown larger than it is: what is behind its end was never written.
+    #[cold]
+    async fn read_past_end(
+        &self,
+        lane: &Lane,
+        buf: &IoBuf,
+        offset: u64,
+        cross: CrossZone,
+    ) -> Result<(), Error> {
+        let inside = self.device.limits().size.saturating_sub(offset) as usize;
+        buf.fill(inside..buf.len(), 0);
+        self.device.read(lane, buf.slice(0..inside), offset, cross).await
+    }
+
+    /// Writes all of `buf`.
+    pub(crate) async fn write(&self, lane: &Lane, buf: IoBuf, offset: u64) -> Result<(), Failure> {
+        self.check_capacity(offset, buf.len())?;
+        let result = self.device.write(lane, buf, offset).await;
+        result.map_err(|error| failure(&error, Kind::Write))
+    }
+
+    /// A write behind the end of a short last zone is one above its capacity.
+    pub(crate) fn check_capacity(&self, offset: u64, len: usize) -> Result<(), Failure> {
+        if self.ends_inside(offset, len) {
+            Ok(())
+        } else {
+            Err(Status::ZONE_BOUNDARY_ERROR.into())
+        }
+    }
+
+    fn ends_inside(&self, offset: u64, len: usize) -> bool {
+        offset + len as u64 <= self.device.limits().size
+    }
+
+    pub(crate) async fn flush(&self, lane: &Lane) -> Result<(), Failure> {
+        let result = self.device.flush(lane).await;
+        result.map_err(|error| failure(&error, Kind::Write))
+    }
+}

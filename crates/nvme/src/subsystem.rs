@@ -1,0 +1,135 @@
+//! An NVM subsystem: namespaces, and what its controllers have in common.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::controller::Controller;
+use crate::namespace::Namespace;
+
+/// What a subsystem is known by.
+#[derive(Clone, Debug)]
+pub struct SubsystemOptions {
+    /// NVMe qualified name, at most 223 bytes.
+    pub nqn: String,
+    /// Serial number, at most 20 printable ASCII characters.
+    pub serial: String,
+    /// Model number, at most 40 printable ASCII characters.
+    pub model: String,
+    /// Firmware revision, at most 8 printable ASCII characters.
+    pub firmware: String,
+}
+
+/// A subsystem that cannot be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubsystemError {
+    /// One of the names has no place in Identify Controller.
+    #[error("{what} \"{value}\" is not 1 to {max} printable ASCII characters")]
+    Name {
+        /// Which.
+        what: &'static str,
+        /// As given.
+        value: String,
+        /// Its place in bytes.
+        max: usize,
+    },
+    /// There is nothing in it, or too much.
+    #[error("{0} namespaces: a subsystem has 1 to {MAX_NAMESPACES}")]
+    Namespaces(usize),
+}
+
+/// Most namespaces of a subsystem: as many as a Changed Namespace List or an Identify list can tell.
+pub const MAX_NAMESPACES: usize = 1024;
+
+/// An NVM subsystem. Its namespaces are numbered from 1 as they were given.
+pub struct Subsystem {
+    pub(crate) options: SubsystemOptions,
+    namespaces: Box<[Namespace]>,
+    controllers: Mutex<Controllers>,
+}
+
+#[derive(Default)]
+struct Controllers {
+    next: u16,
+    alive: Vec<Weak<Controller>>,
+}
+
+impl Subsystem {
+    /// Makes a subsystem.
+    ///
+    /// # Errors
+    /// Names that do not fit, no namespaces or too many.
+    pub fn new(
+        options: SubsystemOptions,
+        namespaces: Vec<Namespace>,
+    ) -> Result<Arc<Subsystem>, SubsystemError> {
+        check_name("NQN", &options.nqn, 223)?;
+        check_name("serial number", &options.serial, 20)?;
+        check_name("model number", &options.model, 40)?;
+        check_name("firmware revision", &options.firmware, 8)?;
+        if namespaces.is_empty() || namespaces.len() > MAX_NAMESPACES {
+            return Err(SubsystemError::Namespaces(namespaces.len()));
+        }
+        Ok(Arc::new(Subsystem {
+            options,
+            namespaces: namespaces.into(),
+            controllers: Mutex::default(),
+        }))
+    }
+
+    /// A namespace by its identifier.
+    pub fn namespace(&self, nsid: u32) -> Option<&Namespace> {
+        self.namespaces.get(index(nsid)?)
+    }
+
+    /// Its namespaces; the first has identifier 1.
+    pub fn namespaces(&self) -> &[Namespace] {
+        &self.namespaces
+    }
+
+    /// The namespaces with their identifiers.
+    pub(crate) fn numbered(&self) -> impl Iterator<Item = (u32, &Namespace)> {
+        (1..).zip(&self.namespaces)
+    }
+
+    /// Takes a controller in, made with its identifier.
+    pub(crate) fn admit(&self, make: impl FnOnce(u16) -> Controller) -> Arc<Controller> {
+        let mut controllers = self.controllers();
+        controllers
+            .alive
+            .retain(|controller| controller.strong_count() > 0);
+        let controller = Arc::new(make(controllers.next));
+        // Identifiers from FFF0h are not for static controllers.
+        controllers.next = (controllers.next + 1) % 0xfff0;
+        controllers.alive.push(Arc::downgrade(&controller));
+        controller
+    }
+
+    /// The controllers that there are.
+    pub(crate) fn alive(&self) -> Vec<Arc<Controller>> {
+        self.controllers()
+            .alive
+            .iter()
+            .filter_map(Weak::upgrade)
+            .collect()
+    }
+
+    fn controllers(&self) -> MutexGuard<'_, Controllers> {
+        self.controllers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Place of a namespace in the list.
+pub(crate) fn index(nsid: u32) -> Option<usize> {
+    usize::try_from(nsid.checked_sub(1)?).ok()
+}
+
+fn check_name(what: &'static str, value: &str, max: usize) -> Result<(), SubsystemError> {
+    let printable = value.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    if value.is_empty() || value.len() > max || !printable {
+        return Err(SubsystemError::Name {
+            what,
+            value: value.to_owned(),
+            max,
+        });
+    }
+    Ok(())
+}
