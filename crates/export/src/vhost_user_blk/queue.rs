@@ -26,9 +26,9 @@ use super::model::{Model, has};
 use super::request::{Negotiated, NoStatus, Request, parse};
 use super::thread::Control;
 use crate::log_limit::{LogLimit, limited_warn};
+use crate::memory::write;
 use crate::vhost_user::backend::RingSetup;
 use crate::virtio::chain::{Chain, ChainError, Table};
-use crate::virtio::memory::write;
 use crate::virtio::ring::{RingError, SplitRing};
 
 static BROKEN: LogLimit = LogLimit::new(10, Duration::from_secs(60));
