@@ -1,7 +1,8 @@
 //! A controller: its properties, its state, and what its queues share.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::MIN_PAGE_BYTES;
@@ -9,12 +10,16 @@ use zbdkit_spec::nvme::command::SubmissionEntry;
 use zbdkit_spec::nvme::controller::{
     CSS_ADMIN_ONLY, CSS_ALL, CSS_NVM, Cap, Cc, Crto, Csts, SHST_COMPLETE, SHST_OCCURRING, VERSION_2_1,
 };
+use zbdkit_spec::nvme::feature::{EventConfiguration, NumberOfQueues};
 
 use crate::error_log::ErrorLog;
+use crate::events::Events;
+use crate::features::Values;
 use crate::namespace::Namespace;
 use crate::stats::{QueueStats, Totals};
 use crate::status::Failure;
 use crate::subsystem::Subsystem;
+use crate::zones::close_all;
 
 /// What a transport makes of a controller.
 #[derive(Clone, Debug)]
@@ -35,6 +40,10 @@ pub struct ControllerOptions {
     pub pci_vendor: [u16; 2],
     /// IEEE OUI.
     pub ieee: [u8; 3],
+    /// The transport has commands to create and delete queues.
+    pub has_queue_commands: bool,
+    /// The subsystem may have several controllers, and its namespaces are shared by them.
+    pub shared: bool,
 }
 
 impl Default for ControllerOptions {
@@ -48,6 +57,8 @@ impl Default for ControllerOptions {
             doorbell_buffers: false,
             pci_vendor: [0; 2],
             ieee: [0; 3],
+            has_queue_commands: true,
+            shared: false,
         }
     }
 }
@@ -77,18 +88,27 @@ pub struct Controller {
     pub(crate) write_cache: AtomicBool,
     stats: Mutex<Vec<Arc<QueueStats>>>,
     errors: Mutex<ErrorLog>,
+    pub(crate) events: Events,
+    features: Mutex<Values>,
+    keep_alives: AtomicU64,
+    made: Instant,
 }
 
 #[derive(Default)]
 struct State {
     cc: Cc,
     csts: Csts,
+    /// What Set Features gave.
+    allotted: Option<NumberOfQueues>,
+    /// I/O queues were made since the controller was enabled.
+    queues_made: bool,
 }
 
 impl Controller {
     /// Adds a controller to a subsystem.
     pub fn new(subsystem: &Arc<Subsystem>, options: ControllerOptions) -> Arc<Controller> {
         subsystem.admit(|id| Controller {
+            features: Mutex::new(defaults(subsystem, &options)),
             subsystem: subsystem.clone(),
             id,
             options,
@@ -97,6 +117,9 @@ impl Controller {
             write_cache: AtomicBool::new(true),
             stats: Mutex::default(),
             errors: Mutex::default(),
+            events: Events::default(),
+            keep_alives: AtomicU64::new(0),
+            made: Instant::now(),
         })
     }
 
@@ -162,7 +185,10 @@ impl Controller {
                 state.csts.set_cfs(true);
                 Change::Nothing
             }
-            (true, false) => Change::Disable,
+            (true, false) => {
+                self.events.close();
+                Change::Disable
+            }
             _ if cc.shn() != 0 && old.shn() == 0 => {
                 state.csts.set_shst(SHST_OCCURRING);
                 Change::Shutdown
@@ -188,23 +214,31 @@ impl Controller {
         self.state().csts.set_cfs(true);
     }
 
-    /// The controller is as new, but for what survives a reset; CC is zero but for what the host wrote.
+    /// The controller is as new, but for what survives a reset: CC as the host wrote it, the SMART and error logs.
     pub fn reset(&self) {
+        self.events.close();
         self.write_cache.store(true, Ordering::Relaxed);
+        *self.features() = self.new_features();
         let mut state = self.state();
-        state.csts = Csts::new();
+        *state = State {
+            cc: state.cc,
+            ..State::default()
+        };
     }
 
-    /// Makes everything durable; CSTS says so afterwards. A failure of a namespace leaves nothing to be done here: what
-    /// it means is what the next flush would have said.
+    /// Makes everything durable, and closes all open zones if no other controller may be using them; CSTS says so
+    /// afterwards. A failure of a namespace leaves nothing to be done here: what it means is what the next flush would
+    /// have said.
     pub async fn shut_down(&self) {
+        let alone = self.subsystem.alive().len() == 1;
         for namespace in self.subsystem.namespaces() {
             let lane = namespace.device.lane(1);
-            if let Err(failure) = namespace.flush(&lane).await {
-                tracing::warn!(
-                    "a namespace could not be flushed at shutdown: {:?}",
-                    failure.status
-                );
+            let closed = match namespace.zones() {
+                Some(_) if alone => close_all(namespace, &lane).await,
+                _ => Ok(()),
+            };
+            if let Err(failure) = closed.and(namespace.flush(&lane).await) {
+                tracing::warn!("a namespace was not shut down: {:?}", failure.status);
             }
         }
         self.state().csts.set_shst(SHST_COMPLETE);
@@ -212,7 +246,79 @@ impl Controller {
 
     /// Most data of a command, bytes.
     pub fn max_transfer(&self) -> usize {
-        (MIN_PAGE_BYTES as usize) << self.options.max_transfer.clamp(1, 12)
+        (MIN_PAGE_BYTES as usize) << self.max_transfer_pages()
+    }
+
+    /// The same as a power of two of pages (MDTS).
+    pub(crate) fn max_transfer_pages(&self) -> u8 {
+        self.options.max_transfer.clamp(1, 12)
+    }
+
+    /// How long the host's keep alives may stay out, if it wants that watched. What passes in between is counted by
+    /// [`Controller::keep_alives`]; transports that watch it take silence for the loss of the host.
+    pub fn keep_alive_timeout(&self) -> Option<Duration> {
+        self.features().keep_alive()
+    }
+
+    /// Keep Alive commands so far.
+    pub fn keep_alives(&self) -> u64 {
+        self.keep_alives.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn kept_alive(&self) {
+        self.keep_alives.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// I/O queues that the host may make: what it was given by Set Features, or the most that there can be.
+    pub fn allotted(&self) -> NumberOfQueues {
+        self.state().allotted.unwrap_or(self.queue_limit())
+    }
+
+    pub(crate) fn queue_limit(&self) -> NumberOfQueues {
+        let most_z = self.options.io_queues.max(1) - 1;
+        NumberOfQueues::new().with_nsq_z(most_z).with_ncq_z(most_z)
+    }
+
+    /// The host asks for so many I/O queues: what it gets.
+    pub(crate) fn allot(&self, wanted: NumberOfQueues) -> Result<NumberOfQueues, Failure> {
+        // 65536 queues are one too many.
+        if wanted.nsq_z() == u16::MAX || wanted.ncq_z() == u16::MAX {
+            return Err(Status::INVALID_FIELD.into());
+        }
+        let limit = self.queue_limit();
+        let mut state = self.state();
+        if state.queues_made {
+            return Err(Status::COMMAND_SEQUENCE_ERROR.into());
+        }
+        let allotted = NumberOfQueues::new()
+            .with_nsq_z(wanted.nsq_z().min(limit.nsq_z()))
+            .with_ncq_z(wanted.ncq_z().min(limit.ncq_z()));
+        state.allotted = Some(allotted);
+        Ok(allotted)
+    }
+
+    pub(crate) fn set_queues_made(&self) {
+        self.state().queues_made = true;
+    }
+
+    /// The events that the controller can tell of.
+    pub(crate) fn offered_events(&self) -> EventConfiguration {
+        EventConfiguration::new()
+            .with_namespace_attribute(true)
+            .with_zone_descriptor(true)
+    }
+
+    pub(crate) fn features(&self) -> MutexGuard<'_, Values> {
+        self.features.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn new_features(&self) -> Values {
+        defaults(&self.subsystem, &self.options)
+    }
+
+    /// How long the controller has been there.
+    pub(crate) fn age(&self) -> Duration {
+        self.made.elapsed()
     }
 
     /// Longest Zone Append, bytes: the least of the zoned namespaces' limits, as a power of two of pages (ZASL).
@@ -280,5 +386,17 @@ impl Controller {
     }
 }
 
+fn defaults(subsystem: &Subsystem, options: &ControllerOptions) -> Values {
+    // One vector for the admin queue, one for each I/O queue.
+    let vectors = usize::from(options.io_queues) + 1;
+    Values::new(subsystem.namespaces().len(), vectors, WARNING_TEMPERATURE)
+}
+
 /// Longest time until ready, units of 500 ms.
 const READY_TIMEOUT: u8 = 20;
+
+/// Longest time that a shutdown should take, microseconds (RTD3E): a flush of everything.
+pub(crate) const SHUTDOWN_MICROSECONDS: u32 = 30_000_000;
+
+/// Composite temperature from which on the device warns, kelvins (WCTEMP).
+pub(crate) const WARNING_TEMPERATURE: u16 = 343;

@@ -12,20 +12,24 @@
 //! 3. Each queue of the transport gets an [`IoQueue`] (or the [`AdminQueue`]) on its own thread. Any number of
 //!    commands may be executing at once; none of the hot ones takes a lock or allocates.
 
-#![allow(dead_code, reason = "the rest of the command sets follows")]
-
 mod admin;
 mod command;
 mod controller;
+mod copy;
+mod data;
 mod error_log;
+mod events;
+mod features;
 mod namespace;
 mod queue;
 mod stats;
 mod status;
 mod subsystem;
 mod transport;
+mod turn;
+mod zones;
 
-pub use admin::{AdminCommand, AdminQueue};
+pub use admin::{AdminCommand, AdminQueue, GetLog, Select};
 pub use command::{Blocks, IoCommand};
 pub use controller::{Change, Controller, ControllerOptions};
 pub use namespace::{Namespace, NamespaceError, NamespaceOptions, Zones};

@@ -4,13 +4,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use uuid::Uuid;
 use zbdkit_block::{CrossZone, Device, Error, Lane};
-use zbdkit_io::IoBuf;
+use zbdkit_io::{IoBuf, yield_now};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::{Csi, MIN_PAGE_BYTES};
 use zbdkit_zone::Model;
 
 use crate::command::Blocks;
 use crate::status::{Failure, Kind, failure};
+
+/// Bytes given back at a time, before others get their turn.
+const DEALLOCATE_STEP: u64 = 64 << 20;
 
 /// How a device is shown as a namespace.
 #[derive(Clone, Debug, Default)]
@@ -142,8 +145,13 @@ impl Namespace {
         self.uuid
     }
 
-    pub(crate) fn set_formatting(&self, formatting: bool) {
-        self.formatting.store(formatting, Ordering::Release);
+    /// Takes the namespace out of use; false where somebody else has.
+    pub(crate) fn begin_format(&self) -> bool {
+        !self.formatting.swap(true, Ordering::AcqRel)
+    }
+
+    pub(crate) fn end_format(&self) {
+        self.formatting.store(false, Ordering::Release);
     }
 
     /// Whether commands can be carried out now.
@@ -173,7 +181,7 @@ impl Namespace {
     /// Reads into all of `buf`.
     pub(crate) async fn read(&self, lane: &Lane, buf: IoBuf, offset: u64) -> Result<(), Failure> {
         let cross = self.cross();
-        let result = if self.ends_inside(offset, buf.len()) {
+        let result = if self.ends_inside(offset, buf.len() as u64) {
             self.device.read(lane, buf, offset, cross).await
         } else {
             self.read_past_end(lane, &buf, offset, cross).await
@@ -192,18 +200,21 @@ impl Namespace {
     ) -> Result<(), Error> {
         let inside = self.device.limits().size.saturating_sub(offset) as usize;
         buf.fill(inside..buf.len(), 0);
+        if inside == 0 {
+            return Ok(());
+        }
         self.device.read(lane, buf.slice(0..inside), offset, cross).await
     }
 
     /// Writes all of `buf`.
     pub(crate) async fn write(&self, lane: &Lane, buf: IoBuf, offset: u64) -> Result<(), Failure> {
-        self.check_capacity(offset, buf.len())?;
+        self.check_capacity(offset, buf.len() as u64)?;
         let result = self.device.write(lane, buf, offset).await;
         result.map_err(|error| failure(&error, Kind::Write))
     }
 
     /// A write behind the end of a short last zone is one above its capacity.
-    pub(crate) fn check_capacity(&self, offset: u64, len: usize) -> Result<(), Failure> {
+    pub(crate) fn check_capacity(&self, offset: u64, len: u64) -> Result<(), Failure> {
         if self.ends_inside(offset, len) {
             Ok(())
         } else {
@@ -211,8 +222,31 @@ impl Namespace {
         }
     }
 
-    fn ends_inside(&self, offset: u64, len: usize) -> bool {
-        offset + len as u64 <= self.device.limits().size
+    fn ends_inside(&self, offset: u64, len: u64) -> bool {
+        offset + len <= self.device.limits().size
+    }
+
+    /// Whether a range may be read that is read piece by piece.
+    pub(crate) fn check_cross(&self, offset: u64, len: u64) -> Result<(), Failure> {
+        match &self.zones {
+            Some(zones) if !zones.read_across && offset / zones.size != (offset + len - 1) / zones.size => {
+                Err(Status::ZONE_BOUNDARY_ERROR.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes a range of a conventional namespace read as zeros and gives its space back, however long it is.
+    pub(crate) async fn deallocate(&self, lane: &Lane, offset: u64, len: u64) -> Result<(), Failure> {
+        let mut done = 0;
+        while done < len {
+            let step = DEALLOCATE_STEP.min(len - done);
+            let result = self.device.write_zeroes(lane, offset + done, step, true).await;
+            result.map_err(|error| failure(&error, Kind::Write))?;
+            done += step;
+            yield_now().await;
+        }
+        Ok(())
     }
 
     pub(crate) async fn flush(&self, lane: &Lane) -> Result<(), Failure> {

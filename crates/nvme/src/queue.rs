@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use zbdkit_block::Lane;
+use zbdkit_io::IoBuf;
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::command::SubmissionEntry;
 
@@ -14,6 +15,7 @@ use crate::namespace::Namespace;
 use crate::stats::QueueStats;
 use crate::status::{Completion, Failure, Kind, failure};
 use crate::transport::{Direction, Transfer};
+use crate::turn::{Turn, Turns};
 
 /// What executes the commands of an I/O queue, on one thread.
 pub struct IoQueue {
@@ -23,6 +25,7 @@ pub struct IoQueue {
     lanes: Box<[Lane]>,
     max_append: u64,
     stats: Arc<QueueStats>,
+    turns: Turns,
 }
 
 impl IoQueue {
@@ -34,6 +37,7 @@ impl IoQueue {
             lanes: lanes(controller, depth),
             max_append: controller.max_append(),
             stats: controller.new_stats(),
+            turns: Turns::default(),
         }
     }
 
@@ -54,6 +58,9 @@ impl IoQueue {
 
     async fn run<T: Transfer>(&self, entry: &SubmissionEntry, transfer: &T) -> Result<u64, Failure> {
         let command = IoCommand::parse(entry)?;
+        if self.controller.admin_only() {
+            return Err(Status::INVALID_OPCODE.into());
+        }
         let request = Request {
             queue: self,
             entry,
@@ -95,18 +102,40 @@ pub(crate) fn lanes(controller: &Controller, depth: u32) -> Box<[Lane]> {
 /// A command with everything that it is carried out with.
 pub(crate) struct Request<'a, T> {
     queue: &'a IoQueue,
-    entry: &'a SubmissionEntry,
+    pub(crate) entry: &'a SubmissionEntry,
     transfer: &'a T,
 }
 
 impl<T: Transfer> Request<'_, T> {
-    fn namespace(&self) -> Result<(&Namespace, &Lane), Failure> {
+    pub(crate) fn namespace(&self) -> Result<(&Namespace, &Lane), Failure> {
         let (index, namespace) = self.queue.controller.io_namespace(self.entry.nsid.get())?;
         Ok((namespace, &self.queue.lanes[index]))
     }
 
+    /// The active namespaces.
+    pub(crate) fn all_namespaces(&self) -> impl Iterator<Item = (&Namespace, &Lane)> {
+        let controller = &self.queue.controller;
+        let namespaces = controller.subsystem().namespaces().iter().zip(&self.queue.lanes);
+        namespaces.filter(|(namespace, _)| controller.is_active(namespace))
+    }
+
+    /// The memory that the command's data pointer names.
+    pub(crate) async fn data(&self, direction: Direction, len: usize) -> Result<IoBuf, Failure> {
+        self.transfer.buffer(self.entry, direction, len).await
+    }
+
+    /// The right to memory of ours.
+    pub(crate) async fn turn(&self) -> Turn<'_> {
+        self.queue.turns.take().await
+    }
+
+    pub(crate) fn count_read(&self, len: usize) {
+        self.queue.stats.reads.add(1);
+        self.queue.stats.bytes_read.add(len as u64);
+    }
+
     /// Bytes of a command that transfers its blocks.
-    fn transfer_len(&self, len: u64) -> Result<usize, Failure> {
+    pub(crate) fn transfer_len(&self, len: u64) -> Result<usize, Failure> {
         usize::try_from(len)
             .ok()
             .filter(|len| *len <= self.queue.controller.max_transfer())
@@ -121,13 +150,9 @@ impl<T: Transfer> Request<'_, T> {
             // What is read must be on the medium.
             namespace.flush(lane).await?;
         }
-        let buf = self
-            .transfer
-            .buffer(self.entry, Direction::ControllerToHost, len)
-            .await?;
+        let buf = self.data(Direction::ControllerToHost, len).await?;
         namespace.read(lane, buf, offset).await?;
-        self.queue.stats.reads.add(1);
-        self.queue.stats.bytes_read.add(len as u64);
+        self.count_read(len);
         Ok(0)
     }
 
@@ -135,10 +160,7 @@ impl<T: Transfer> Request<'_, T> {
         let (namespace, lane) = self.namespace()?;
         let (offset, len) = namespace.bytes(blocks)?;
         let len = self.transfer_len(len)?;
-        let buf = self
-            .transfer
-            .buffer(self.entry, Direction::HostToController, len)
-            .await?;
+        let buf = self.data(Direction::HostToController, len).await?;
         namespace.write(lane, buf, offset).await?;
         self.written(namespace, lane, len, fua).await?;
         Ok(0)
@@ -154,10 +176,7 @@ impl<T: Transfer> Request<'_, T> {
         if len as u64 > self.queue.max_append {
             return Err(Status::INVALID_FIELD.into());
         }
-        let buf = self
-            .transfer
-            .buffer(self.entry, Direction::HostToController, len)
-            .await?;
+        let buf = self.data(Direction::HostToController, len).await?;
         let result = namespace.device.append(lane, buf, offset).await;
         let at = result.map_err(|error| failure(&error, Kind::Write))?;
         self.written(namespace, lane, len, fua).await?;
@@ -174,6 +193,16 @@ impl<T: Transfer> Request<'_, T> {
     ) -> Result<(), Failure> {
         self.queue.stats.writes.add(1);
         self.queue.stats.bytes_written.add(len as u64);
+        self.make_durable(namespace, lane, fua).await
+    }
+
+    /// After each change of data: makes it durable where that was asked for, or where there is no write cache.
+    pub(crate) async fn make_durable(
+        &self,
+        namespace: &Namespace,
+        lane: &Lane,
+        fua: bool,
+    ) -> Result<(), Failure> {
         if fua || !self.queue.controller.write_cache.load(Ordering::Relaxed) {
             namespace.flush(lane).await?;
         }
@@ -183,13 +212,38 @@ impl<T: Transfer> Request<'_, T> {
     async fn run_rare(&self, command: IoCommand) -> Result<u64, Failure> {
         match command {
             IoCommand::Flush => self.flush().await,
-            _ => Err(Status::INVALID_OPCODE.into()),
+            IoCommand::Compare { blocks } => self.compare(blocks).await,
+            IoCommand::Verify { blocks } => self.verify(blocks).await,
+            IoCommand::WriteZeroes {
+                blocks,
+                deallocate,
+                fua,
+            } => self.write_zeroes(blocks, deallocate, fua).await,
+            IoCommand::DatasetManagement { ranges, deallocate } => {
+                self.dataset_management(ranges, deallocate).await
+            }
+            IoCommand::Copy {
+                start,
+                ranges,
+                format,
+                fua,
+            } => self.copy(start, ranges, format, fua).await,
+            IoCommand::ZoneSend {
+                start,
+                action,
+                all,
+                option,
+            } => self.zone_send(start, action, all, option).await,
+            IoCommand::ZoneReceive {
+                start,
+                len,
+                extended,
+                filter,
+                partial,
+            } => self.zone_receive(start, len, extended, filter, partial).await,
+            IoCommand::Read { .. } | IoCommand::Write { .. } | IoCommand::Append { .. } => {
+                unreachable!("carried out by `run`")
+            }
         }
-    }
-
-    async fn flush(&self) -> Result<u64, Failure> {
-        let (namespace, lane) = self.namespace()?;
-        namespace.flush(lane).await?;
-        Ok(0)
     }
 }

@@ -112,8 +112,6 @@ pub(crate) enum Kind {
     Write,
     /// Zone Management Send and Receive.
     Manage,
-    /// Everything that has nothing to do with zones.
-    Plain,
 }
 
 /// The status of a request of the block graph that failed.
@@ -121,7 +119,7 @@ pub(crate) fn failure(error: &Error, kind: Kind) -> Failure {
     let storage = match kind {
         Kind::Read => Status::UNRECOVERED_READ_ERROR,
         Kind::Write => Status::WRITE_FAULT,
-        Kind::Manage | Kind::Plain => Status::INTERNAL_ERROR,
+        Kind::Manage => Status::INTERNAL_ERROR,
     };
     match error {
         Error::Zone(error) => Failure::lasting(zone_status(error, kind)),
@@ -144,7 +142,7 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
     let condition = |status| match kind {
         // What an action does not allow is a transition that is none.
         Kind::Manage => Status::INVALID_ZONE_STATE_TRANSITION,
-        Kind::Read | Kind::Write | Kind::Plain => status,
+        Kind::Read | Kind::Write => status,
     };
     match error {
         ZoneError::OutOfRange { .. } => Status::LBA_OUT_OF_RANGE,

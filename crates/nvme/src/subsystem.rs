@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use uuid::{Builder, Uuid};
+
 use crate::controller::Controller;
 use crate::namespace::Namespace;
 
@@ -85,6 +87,34 @@ impl Subsystem {
         &self.namespaces
     }
 
+    /// What a namespace is known by wherever it is: its own UUID, or one made of the subsystem's name and its number.
+    pub(crate) fn uuid(&self, nsid: u32, namespace: &Namespace) -> Uuid {
+        namespace.uuid().unwrap_or_else(|| {
+            let name = self.options.nqn.bytes().chain(nsid.to_le_bytes());
+            Builder::from_custom_bytes(fnv1a(name).to_be_bytes()).into_uuid()
+        })
+    }
+
+    /// A zone of a namespace became read-only or offline, or got attributes, without the host's doing: all controllers
+    /// tell their hosts. `start` is the zone's first byte.
+    pub fn zone_changed(&self, nsid: u32, start: u64) {
+        let Some(namespace) = self.namespace(nsid) else {
+            return;
+        };
+        for controller in self.alive() {
+            controller
+                .events
+                .zone_changed(nsid, start >> namespace.block_shift());
+        }
+    }
+
+    /// Attributes of a namespace changed without the host's doing: all controllers tell their hosts.
+    pub fn namespace_changed(&self, nsid: u32) {
+        for controller in self.alive() {
+            controller.events.namespace_changed(nsid);
+        }
+    }
+
     /// The namespaces with their identifiers.
     pub(crate) fn numbered(&self) -> impl Iterator<Item = (u32, &Namespace)> {
         (1..).zip(&self.namespaces)
@@ -115,6 +145,13 @@ impl Subsystem {
     fn controllers(&self) -> MutexGuard<'_, Controllers> {
         self.controllers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// FNV-1a, 128 bits.
+fn fnv1a(bytes: impl Iterator<Item = u8>) -> u128 {
+    bytes.fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash, byte| {
+        (hash ^ u128::from(byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+    })
 }
 
 /// Place of a namespace in the list.

@@ -182,8 +182,14 @@ pub struct IdentifyNamespace {
     pub dps: u8,
     /// Multi-path I/O and sharing: bit 0, may be attached to several controllers.
     pub nmic: u8,
-    /// Bytes 31 to 73.
-    pub rsvd31: [u8; 43],
+    /// Reservations.
+    pub rescap: u8,
+    /// Format progress: bit 7 supported, bits 6:0 per cent left.
+    pub fpi: u8,
+    /// Deallocated blocks: bits 2:0 how they read (1: as zeros), bit 3 Write Zeroes can deallocate.
+    pub dlfeat: u8,
+    /// Bytes 34 to 73.
+    pub rsvd34: [u8; 40],
     /// Most blocks of a source range of Copy.
     pub mssrl: U16,
     /// Most blocks of a Copy.
@@ -242,6 +248,7 @@ mod tests {
         assert_eq!(offset_of!(IdentifyNamespace, flbas), 26);
         assert_eq!(offset_of!(IdentifyNamespace, dps), 29);
         assert_eq!(offset_of!(IdentifyNamespace, nmic), 30);
+        assert_eq!(offset_of!(IdentifyNamespace, dlfeat), 33);
         assert_eq!(offset_of!(IdentifyNamespace, mssrl), 74);
         assert_eq!(offset_of!(IdentifyNamespace, msrc_z), 80);
         assert_eq!(offset_of!(IdentifyNamespace, nsattr), 99);
