@@ -183,6 +183,17 @@ impl Zbdkit {
         Ok(String::from_utf8_lossy(&said).into_owned())
     }
 
+    /// Makes a new image without zones, of `size` MiB, in place of an old one.
+    pub fn create_plain(&self, image: &Path, size: u32) -> Result<()> {
+        remove_image(image)?;
+        let mut create = self.command();
+        create
+            .args(["create", "-f", "qcow2"])
+            .arg(image)
+            .arg(format!("{size}M"));
+        proc::capture(&mut create, "zbdkit create", COMMAND_LIMIT).map(drop)
+    }
+
     /// Makes an empty overlay over `base`, with its zones, in place of an old one; returns what zbdkit said.
     pub fn create_over(&self, overlay: &Path, base: &Path) -> Result<String> {
         remove_image(overlay)?;
@@ -227,7 +238,6 @@ impl Zbdkit {
 
     /// Serves `image` at `socket` and returns once the daemon says that it is ready. What it prints goes to `log` as well.
     pub fn serve(&self, image: &Path, socket: &Path, log: &Path) -> Result<Daemon> {
-        let mut keep = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
         let mut serve = self.command();
         serve
             .arg("serve")
@@ -235,6 +245,21 @@ impl Zbdkit {
             .arg("--vhost-user-blk")
             .arg(socket)
             .args(["--queues", &QUEUES.to_string()]);
+        Zbdkit::start(serve, socket, log)
+    }
+
+    /// Serves `images` as the namespaces of an NVMe controller, as [`serve`](Self::serve) does.
+    pub fn serve_nvme(&self, images: &[&Path], socket: &Path, log: &Path) -> Result<Daemon> {
+        let mut serve = self.command();
+        serve.arg("serve").arg("--nvme").arg(socket);
+        for image in images {
+            serve.arg("--namespace").arg(image);
+        }
+        Zbdkit::start(serve, socket, log)
+    }
+
+    fn start(mut serve: Command, socket: &Path, log: &Path) -> Result<Daemon> {
+        let mut keep = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
         serve
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -310,6 +335,13 @@ impl Daemon {
             socket: self.socket.clone(),
             queues: QUEUES,
         }
+    }
+
+    /// QEMU's arguments for the NVMe controller that the daemon serves.
+    pub fn nvme_arguments(&self) -> [String; 2] {
+        let socket = self.socket.display();
+        let device = format!(r#"{{"driver":"vfio-user-pci","socket":{{"type":"unix","path":"{socket}"}}}}"#);
+        ["-device".to_owned(), device]
     }
 
     /// Asks the daemon to end; fails unless it does so in time and with status 0.

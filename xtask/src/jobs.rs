@@ -48,6 +48,8 @@ pub struct Test {
 enum Play {
     /// One guest runs this script.
     Script(&'static str),
+    /// One guest runs this script, with the drive and one without zones as namespaces of an NVMe controller.
+    Nvme(&'static str),
     /// The story of the demonstration.
     Story,
     /// The daemon is killed while the first script runs; the second checks what is left.
@@ -201,6 +203,19 @@ const JOBS: &[Job] = &[
         minutes: 5,
         formats: USUAL,
         play: Play::Back(Way::Snapshot, BACK),
+    },
+    Job {
+        name: "nvme",
+        about: "an NVMe controller with a zoned and a plain namespace; zone management, fio on both, a reset",
+        geometry: Geometry {
+            size: 512,
+            zone_size: 16,
+            ..Geometry::DEMO
+        },
+        memory: 1024,
+        minutes: 5,
+        formats: BOTH,
+        play: Play::Nvme(script!("nvme")),
     },
     Job {
         name: "overlay",
@@ -367,6 +382,7 @@ impl Test {
         };
         match job.play {
             Play::Script(script) => self.on_drive(&on, script)?,
+            Play::Nvme(script) => self.on_nvme(&on, script)?,
             Play::Story => demo::story(rig, zbdkit, &image, name, self.verbose).map(drop)?,
             Play::Kill(first, second) => self.kill(&on, (first, second))?,
             Play::Back(way, scripts) => self.back(&on, way, scripts)?,
@@ -380,6 +396,27 @@ impl Test {
         on.zbdkit.create(on.image, &on.job.geometry)?;
         self.boot(on, on.image, "", script, None)?;
         on.zbdkit.check(on.image, false)
+    }
+
+    /// One guest on a controller with a new drive and a plain one; the daemon must outlive it and end cleanly.
+    fn on_nvme(&self, on: &On<'_>, script: &str) -> Result<()> {
+        on.zbdkit.create(on.image, &on.job.geometry)?;
+        let plain = on.image.with_file_name(format!("{}-plain.qcow2", on.name));
+        on.zbdkit.create_plain(&plain, 256)?;
+        let sockets = socket_directory()?;
+        let socket = sockets.path().join("n.sock");
+        let daemon = on
+            .zbdkit
+            .serve_nvme(&[on.image, &plain], &socket, &log_of(on.rig, on.name)?)?;
+        let mut guest = self.guest(on.rig, on.job, on.name, script);
+        guest.qemu_args.extend(daemon.nvme_arguments());
+        let result = guest.run()?;
+        let stopped = daemon.stop();
+        result.check()?;
+        stopped?;
+        on.zbdkit.check(on.image, false)?;
+        on.zbdkit.check(&plain, false)?;
+        remove_image(&plain)
     }
 
     /// Serves `image` to one guest, which may see what an earlier one shared; returns what it shares itself.

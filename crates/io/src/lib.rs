@@ -30,6 +30,7 @@ mod nvme;
 mod runtime;
 mod sys;
 mod unblock;
+pub mod unix;
 mod words;
 
 pub use buf::{BUF_ALIGN, IoBuf, Segment};

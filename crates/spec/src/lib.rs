@@ -46,4 +46,5 @@ pub mod nvme;
 pub mod qcow2;
 pub mod scsi;
 pub mod sidecar;
+pub mod vfio_user;
 pub mod virtio_blk;

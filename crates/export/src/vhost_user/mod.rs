@@ -5,7 +5,6 @@
 //! behind a trait ([`backend`]). Whatever a front-end sends costs it at most its own connection.
 
 pub mod backend;
-pub mod listener;
 pub mod message;
 pub mod session;
 pub mod stream;

@@ -1,18 +1,18 @@
 //! Bytes and file descriptors of a vhost-user socket, put together to messages.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendFlags,
-    recvmsg, sendmsg,
-};
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use zbdkit_io::unix::{MAX_FDS, ReceiveError, receive};
 
 use super::message::{Malformed, RawMessage};
 use super::wire::{HEADER_SIZE, Header, MAX_TABLE_REGIONS};
+
+// A memory table has the most descriptors.
+const _: () = assert!(MAX_TABLE_REGIONS == MAX_FDS);
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -21,7 +21,7 @@ pub enum StreamError {
     #[error(transparent)]
     Malformed(#[from] Malformed),
     /// More file descriptors than any message has.
-    #[error("a message carries more than {MAX_TABLE_REGIONS} file descriptors")]
+    #[error("a message carries more than {MAX_FDS} file descriptors")]
     TooManyFds,
     /// Hang-up in the middle.
     #[error("the front-end closed the connection in the middle of a message")]
@@ -32,6 +32,15 @@ pub enum StreamError {
     /// The daemon is shutting down.
     #[error("shutting down")]
     Stopped,
+}
+
+impl From<ReceiveError> for StreamError {
+    fn from(error: ReceiveError) -> Self {
+        match error {
+            ReceiveError::TooManyFds => StreamError::TooManyFds,
+            ReceiveError::Io(error) => StreamError::Io(error),
+        }
+    }
 }
 
 impl From<Errno> for StreamError {
@@ -166,32 +175,6 @@ fn parse_header(bytes: &[u8; HEADER_SIZE]) -> Result<Header, Malformed> {
     Ok(header)
 }
 
-/// Reads once. `None` when there is nothing, `Some(0)` at the end.
-fn receive(socket: &OwnedFd, into: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<Option<usize>, StreamError> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_TABLE_REGIONS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    loop {
-        let mut slices = [IoSliceMut::new(into)];
-        match recvmsg(socket, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Ok(message) => {
-                for message in control.drain() {
-                    if let RecvAncillaryMessage::ScmRights(rights) = message {
-                        fds.extend(rights);
-                    }
-                }
-                if message.flags.contains(ReturnFlags::CTRUNC) || fds.len() > MAX_TABLE_REGIONS {
-                    return Err(StreamError::TooManyFds);
-                }
-                return Ok(Some(message.bytes));
-            }
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Ok(None),
-            Err(Errno::CONNRESET) => return Ok(Some(0)),
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -199,6 +182,7 @@ mod tests {
     use proptest::prelude::*;
     use rustix::net::SendAncillaryMessage;
     use std::io::Write;
+    use std::mem::MaybeUninit;
     use std::os::unix::net::UnixStream;
 
     fn pair() -> (UnixStream, Stream) {

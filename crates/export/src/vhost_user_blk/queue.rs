@@ -15,10 +15,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::OFlags;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use zbdkit_block::{Device, Lane};
+use zbdkit_io::unix::{set_nonblocking, signal};
 use zbdkit_io::{MemGuard, PollSource, TaskPool, add_poll_source, readable};
 use zbdkit_spec::virtio_blk::{Status, feature as f};
 
@@ -27,9 +26,9 @@ use super::model::{Model, has};
 use super::request::{Negotiated, NoStatus, Request, parse};
 use super::thread::Control;
 use crate::log_limit::{LogLimit, limited_warn};
+use crate::memory::write;
 use crate::vhost_user::backend::RingSetup;
 use crate::virtio::chain::{Chain, ChainError, Table};
-use crate::virtio::memory::write;
 use crate::virtio::ring::{RingError, SplitRing};
 
 static BROKEN: LogLimit = LogLimit::new(10, Duration::from_secs(60));
@@ -318,22 +317,6 @@ fn report_broken(index: u16, why: &Broken, control: &Control, err: Option<&Owned
     if let Some(err) = err {
         set_nonblocking(err);
         signal(err);
-    }
-}
-
-/// A descriptor from the other side must never block us. It may be anything; then writing to it fails.
-fn set_nonblocking(fd: &OwnedFd) {
-    if let Ok(flags) = rustix::fs::fcntl_getfl(fd) {
-        let _ = rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK);
-    }
-}
-
-/// Counts an eventfd up. One that is full has been signalled already: looking first matters, since the other side
-/// shares the description and can take the flag of [`set_nonblocking`] back.
-fn signal(eventfd: &OwnedFd) {
-    let mut ready = [PollFd::new(eventfd, PollFlags::OUT)];
-    if matches!(poll(&mut ready, Some(&Timespec::default())), Ok(1)) {
-        let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
     }
 }
 

@@ -17,9 +17,9 @@ use super::stats::Stats;
 use super::thread::{Control, QueueThread};
 use crate::log_limit::{LogLimit, limited_warn};
 use crate::vhost_user::backend::{Backend, ConfigReadOnly, FeatureError, RingSetup, Stuck};
-use crate::vhost_user::listener::{ListenError, Listener};
 use crate::vhost_user::session::{Refused, Session};
 use crate::vhost_user::stream::{Progress, Stream, StreamError};
+use zbdkit_io::unix::{ListenError, Listener, is_shortage};
 
 /// Queues that the protocol's index byte can name.
 const MAX_QUEUES: u16 = 256;
@@ -395,17 +395,15 @@ fn converse(
 
 /// Out of descriptors or memory: connections wait in the backlog until there are some again.
 fn pause_for(error: &io::Error) -> Result<(), ServeError> {
-    match error.raw_os_error().map(Errno::from_raw_os_error) {
-        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-            limited_warn!(CONNECTIONS, "cannot accept a connection: {error}");
-            std::thread::sleep(Duration::from_millis(100));
-            Ok(())
-        }
-        _ => Err(ServeError::Socket(io::Error::new(
+    if !is_shortage(error) {
+        return Err(ServeError::Socket(io::Error::new(
             error.kind(),
             error.to_string(),
-        ))),
+        )));
     }
+    limited_warn!(CONNECTIONS, "cannot accept a connection: {error}");
+    std::thread::sleep(Duration::from_millis(100));
+    Ok(())
 }
 
 /// The device behind the protocol.

@@ -5,7 +5,7 @@
 
 use vm_memory::GuestMemoryMmap;
 
-use super::memory::read;
+use crate::memory::read;
 
 const DESC_SIZE: usize = 16;
 

@@ -5,5 +5,4 @@
 //! `VIRTQ_AVAIL_F_NO_INTERRUPT`; and it publishes each used element by itself.
 
 pub(crate) mod chain;
-pub(crate) mod memory;
 pub(crate) mod ring;

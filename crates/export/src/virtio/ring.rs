@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
 use super::chain::Table;
-use super::memory::{load_u16, store_u16, write};
+use crate::memory::{load_u16, store_u16, write};
 
 const NO_INTERRUPT: u16 = 1;
 const NO_NOTIFY: u16 = 1;

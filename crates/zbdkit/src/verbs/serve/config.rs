@@ -7,13 +7,15 @@ use anyhow::Context;
 use serde::Deserialize;
 use zbdkit_block::{Graph, did_you_mean};
 
-use super::{DEFAULT_POLL_US, DEFAULT_QUEUE_SIZE, DevicePlan, DoorPlan, Plan, open_options};
+use super::{DEFAULT_POLL_US, DEFAULT_QUEUE_SIZE, DevicePlan, DoorKind, DoorPlan, Plan, open_options};
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct File {
     #[serde(default)]
     device: Vec<DeviceEntry>,
+    #[serde(default)]
+    nvme: Vec<NvmeEntry>,
 }
 
 #[derive(Deserialize)]
@@ -42,6 +44,30 @@ struct DoorEntry {
     poll_us: u32,
 }
 
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct NvmeEntry {
+    socket: PathBuf,
+    queues: Option<u16>,
+    serial: Option<String>,
+    #[serde(default = "poll_us")]
+    poll_us: u32,
+    #[serde(default)]
+    namespace: Vec<NamespaceEntry>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct NamespaceEntry {
+    image: String,
+    #[serde(default)]
+    read_only: bool,
+    #[serde(default)]
+    direct: bool,
+    #[serde(default = "beside")]
+    run_state: String,
+}
+
 fn beside() -> String {
     "beside".to_owned()
 }
@@ -63,39 +89,78 @@ pub fn read(path: &Path) -> anyhow::Result<Plan> {
 
 fn plan(text: &str) -> anyhow::Result<Plan> {
     let file: File = toml::from_str(text).map_err(|error| anyhow::anyhow!(explain(&error)))?;
-    anyhow::ensure!(!file.device.is_empty(), "it names no [[device]]");
-    let devices = file.device.into_iter().map(device);
-    let plan = Plan {
-        devices: devices.collect::<anyhow::Result<_>>()?,
+    anyhow::ensure!(
+        !file.device.is_empty() || !file.nvme.is_empty(),
+        "it names no [[device]] and no [[nvme]]"
+    );
+    let mut plan = Plan {
+        devices: Vec::new(),
+        doors: Vec::new(),
     };
+    for entry in file.device {
+        add_device(&mut plan, entry)?;
+    }
+    for entry in file.nvme {
+        add_controller(&mut plan, entry)?;
+    }
     distinct_sockets(&plan)?;
     Ok(plan)
 }
 
-fn device(entry: DeviceEntry) -> anyhow::Result<DevicePlan> {
+fn add_device(plan: &mut Plan, entry: DeviceEntry) -> anyhow::Result<()> {
     anyhow::ensure!(
         !entry.vhost_user_blk.is_empty(),
         "device {:?} has no door, as in [[device.vhost-user-blk]]",
         entry.image
     );
-    let doors = entry.vhost_user_blk.into_iter().map(|door| DoorPlan {
-        socket: door.socket,
-        queues: door.queues,
-        queue_size: door.queue_size,
-        serial: door.serial,
-        poll: Duration::from_micros(door.poll_us.into()),
-    });
-    Ok(DevicePlan {
+    let index = plan.devices.len();
+    plan.devices.push(DevicePlan {
         graph: Graph::parse(&entry.image)?,
         options: open_options(entry.read_only, entry.direct, &entry.run_state)?,
         name: entry.image,
-        doors: doors.collect(),
-    })
+    });
+    plan.doors
+        .extend(entry.vhost_user_blk.into_iter().map(|door| DoorPlan {
+            socket: door.socket,
+            devices: vec![index],
+            kind: DoorKind::VhostUserBlk {
+                queue_size: door.queue_size,
+            },
+            queues: door.queues,
+            serial: door.serial,
+            poll: Duration::from_micros(door.poll_us.into()),
+        }));
+    Ok(())
+}
+
+fn add_controller(plan: &mut Plan, entry: NvmeEntry) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        !entry.namespace.is_empty(),
+        "the controller at {} has no namespace, as in [[nvme.namespace]]",
+        entry.socket.display()
+    );
+    let first = plan.devices.len();
+    for namespace in entry.namespace {
+        plan.devices.push(DevicePlan {
+            graph: Graph::parse(&namespace.image)?,
+            options: open_options(namespace.read_only, namespace.direct, &namespace.run_state)?,
+            name: namespace.image,
+        });
+    }
+    plan.doors.push(DoorPlan {
+        socket: entry.socket,
+        devices: (first..plan.devices.len()).collect(),
+        kind: DoorKind::Nvme,
+        queues: entry.queues,
+        serial: entry.serial,
+        poll: Duration::from_micros(entry.poll_us.into()),
+    });
+    Ok(())
 }
 
 fn distinct_sockets(plan: &Plan) -> anyhow::Result<()> {
     let mut seen: Vec<&Path> = Vec::new();
-    for door in plan.devices.iter().flat_map(|device| &device.doors) {
+    for door in &plan.doors {
         let socket = door.socket.as_path();
         anyhow::ensure!(
             socket == Path::new(super::SYSTEMD) || !seen.contains(&socket),
@@ -135,8 +200,12 @@ mod tests {
     fn the_example_in_the_help_is_a_configuration() {
         let (_, example) = super::super::AFTER_HELP.split_once("Configuration:\n").unwrap();
         let plan = plan(example).unwrap();
-        assert_eq!(plan.devices.len(), 1);
-        assert_eq!(plan.devices[0].doors[0].queues, Some(2));
+        assert_eq!(plan.devices.len(), 2);
+        assert_eq!((plan.doors[0].queues, plan.doors[1].queues), (Some(2), Some(16)));
+        assert_eq!(
+            (plan.doors[1].kind, &plan.doors[1].devices[..]),
+            (DoorKind::Nvme, &[1][..])
+        );
     }
 
     #[test]
@@ -153,7 +222,8 @@ mod tests {
 
     #[test]
     fn a_configuration_that_serves_nothing_is_refused() {
-        assert_eq!(error_of(""), "it names no [[device]]");
+        assert_eq!(error_of(""), "it names no [[device]] and no [[nvme]]");
+        assert!(error_of("[[nvme]]\nsocket = \"s\"\n").contains("has no namespace"));
         assert!(error_of("[[device]]\nimage = \"a\"\n").contains("has no door"));
         let door = "[[device.vhost-user-blk]]\nsocket = \"s\"\n";
         let twice = error_of(&format!("[[device]]\nimage = \"a\"\n{door}{door}"));

@@ -1,11 +1,11 @@
 //! `zbdkit serve`: the daemon. Opens images, attaches them to doors, and ends cleanly when asked to.
 
 mod config;
+mod doors;
 mod hints;
 mod service;
 
 use std::ffi::OsString;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::mpsc;
@@ -15,11 +15,11 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use zbdkit_block::{Device, Graph, OpenOptions, RunStateMode, run_state_of};
-use zbdkit_export::vhost_user_blk::{ServeError, ServeOptions, Server, ServerHandle, Socket};
 use zbdkit_io::BackendKind;
 
 use crate::image::{ImageArgs, Session};
 use crate::output::{Out, Usage, complain, describe};
+use doors::{Door, Handle, Server};
 use service::{Event, Handed};
 
 /// Serve images to virtual machines until SIGTERM or SIGINT
@@ -27,7 +27,7 @@ use service::{Event, Handed};
 #[command(override_usage = USAGE, after_help = AFTER_HELP)]
 pub struct Serve {
     /// The image: a path, driver=... options, or json:{...} (see 'zbdkit help')
-    #[arg(value_name = "IMAGE", required_unless_present = "config")]
+    #[arg(value_name = "IMAGE", required_unless_present_any = ["config", "nvme"], requires = "vhost_user_blk")]
     pub image: Option<OsString>,
 
     /// Take IMAGE as driver options whatever it looks like
@@ -36,15 +36,24 @@ pub struct Serve {
 
     /// Attach the image as a virtio-blk device over vhost-user at this unix socket; 'systemd' takes a socket that
     /// systemd hands over. May be given several times
-    #[arg(long, value_name = "SOCKET", required_unless_present = "config")]
+    #[arg(long, value_name = "SOCKET", required_unless_present_any = ["config", "nvme"], requires = "image")]
     pub vhost_user_blk: Vec<PathBuf>,
 
+    /// Be an NVMe controller over vfio-user at this unix socket; 'systemd' as above
+    #[arg(long, value_name = "SOCKET", requires = "namespace", conflicts_with = "image")]
+    pub nvme: Option<PathBuf>,
+
+    /// A namespace of the controller: an image, as IMAGE. May be given several times; the first is namespace 1
+    #[arg(long, value_name = "IMAGE", requires = "nvme")]
+    pub namespace: Vec<OsString>,
+
     /// Serve what this file says
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["image", "image_opts", "vhost_user_blk", "serial",
-        "read_only", "direct", "run_state", "queues", "queue_size", "poll_us"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["image", "image_opts", "vhost_user_blk", "nvme",
+        "namespace", "serial", "read_only", "direct", "run_state", "queues", "queue_size", "poll_us"])]
     pub config: Option<PathBuf>,
 
-    /// Request queues, each with a thread of its own, 1 to 256 [default: one a CPU, at most 4]
+    /// Request queues, each with a thread of its own, 1 to 256 [default: one a CPU, at most 4]. Of an NVMe controller:
+    /// I/O queues, 1 to 511, on as many threads as there are CPUs, at most 4 [default: 16]
     #[arg(long, value_name = "N")]
     pub queues: Option<u16>,
 
@@ -80,15 +89,17 @@ const DEFAULT_POLL_US: u32 = 50;
 /// As clap would write it, '--config' would seem to want an image.
 const USAGE: &str = "\
 zbdkit serve [OPTIONS] <IMAGE> --vhost-user-blk <SOCKET>
+       zbdkit serve [OPTIONS] --nvme <SOCKET> --namespace <IMAGE>
        zbdkit serve --config <FILE>";
 
 const AFTER_HELP: &str = "\
 Examples:
   zbdkit serve disk.raw --vhost-user-blk /tmp/disk.sock
   zbdkit serve driver=memory,size=1G --vhost-user-blk /tmp/ram.sock --queues 4
+  zbdkit serve --nvme /tmp/nvme.sock --namespace boot.qcow2 --namespace zones.qcow2
   zbdkit serve --config /etc/zbdkit.toml
 
-It prints the arguments of QEMU and crosvm to paste, then a line that begins with 'ready:', and goes on until SIGTERM or \
+It prints the arguments of QEMU and crosvm (NVMe: Cloud Hypervisor) to paste, then a line that begins with 'ready:', and goes on until SIGTERM or \
 SIGINT, which closes the images cleanly; a second signal ends it at once. A virtual machine may come, go and come again. \
 Under systemd it says when it is ready (Type=notify) and takes sockets (SOCKET is 'systemd'; in the order of the doors).
 
@@ -103,11 +114,20 @@ Configuration:
   queues = 2
   queue-size = 256
   serial = \"disk-1\"
-  poll-us = 50";
+  poll-us = 50
+
+  [[nvme]]                     # an NVMe controller; there may be several
+  socket = \"/run/nvme.sock\"
+  queues = 16
+  serial = \"nvme-1\"
+  poll-us = 50
+  [[nvme.namespace]]           # with the keys of an image, as above
+  image = \"zones.qcow2\"";
 
 /// What is to be served.
 struct Plan {
     devices: Vec<DevicePlan>,
+    doors: Vec<DoorPlan>,
 }
 
 struct DevicePlan {
@@ -115,17 +135,35 @@ struct DevicePlan {
     name: String,
     graph: Graph,
     options: OpenOptions,
-    doors: Vec<DoorPlan>,
 }
 
-/// A vhost-user-blk door.
+/// A way to attach devices.
 struct DoorPlan {
     /// A path, or [`SYSTEMD`].
     socket: PathBuf,
+    /// The devices behind it, by their place in the plan.
+    devices: Vec<usize>,
+    kind: DoorKind,
     queues: Option<u16>,
-    queue_size: u16,
     serial: Option<String>,
     poll: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DoorKind {
+    /// virtio-blk over vhost-user, one device, with queues of this size.
+    VhostUserBlk { queue_size: u16 },
+    /// An NVMe controller over vfio-user.
+    Nvme,
+}
+
+impl DoorKind {
+    fn name(self) -> &'static str {
+        match self {
+            DoorKind::VhostUserBlk { .. } => "vhost-user-blk",
+            DoorKind::Nvme => "nvme",
+        }
+    }
 }
 
 /// As a socket's path: one that systemd hands over.
@@ -146,25 +184,39 @@ pub fn run(args: Serve) -> anyhow::Result<ExitCode> {
 }
 
 fn plan_of(args: Serve) -> anyhow::Result<Plan> {
-    let image = ImageArgs {
-        image: args.image.unwrap_or_default(),
-        image_opts: args.image_opts,
+    let options = open_options(args.read_only, args.direct, &args.run_state)?;
+    let poll = Duration::from_micros(args.poll_us.into());
+    let (images, sockets, kind) = match args.nvme {
+        Some(socket) => (args.namespace, vec![socket], DoorKind::Nvme),
+        None => {
+            let queue_size = args.queue_size;
+            let images = args.image.into_iter().collect();
+            (images, args.vhost_user_blk, DoorKind::VhostUserBlk { queue_size })
+        }
     };
-    let doors = args.vhost_user_blk.into_iter().map(|socket| DoorPlan {
+    let device = |image: OsString| {
+        let image = ImageArgs {
+            image,
+            image_opts: args.image_opts,
+        };
+        Ok(DevicePlan {
+            name: image.image.to_string_lossy().into_owned(),
+            graph: image.graph()?,
+            options: options.clone(),
+        })
+    };
+    let devices: Vec<_> = images.into_iter().map(device).collect::<anyhow::Result<_>>()?;
+    let doors = sockets.into_iter().map(|socket| DoorPlan {
         socket,
+        devices: (0..devices.len()).collect(),
+        kind,
         queues: args.queues,
-        queue_size: args.queue_size,
         serial: args.serial.clone(),
-        poll: Duration::from_micros(args.poll_us.into()),
+        poll,
     });
-    let device = DevicePlan {
-        name: image.image.to_string_lossy().into_owned(),
-        graph: image.graph()?,
-        options: open_options(args.read_only, args.direct, &args.run_state)?,
-        doors: doors.collect(),
-    };
     Ok(Plan {
-        devices: vec![device],
+        doors: doors.collect(),
+        devices,
     })
 }
 
@@ -193,13 +245,6 @@ struct Served {
     doors: Vec<Door>,
 }
 
-struct Door {
-    server: Server,
-    /// The plan's device it belongs to.
-    device: usize,
-    hint: hints::Hint,
-}
-
 impl Served {
     /// Opens all images, then binds all sockets. What was opened is closed again where that fails.
     fn start(session: &Session, plan: &Plan, handed: &mut Handed) -> anyhow::Result<Served> {
@@ -226,12 +271,20 @@ impl Served {
         for device in &plan.devices {
             self.devices.push(session.open(&device.graph, &device.options)?);
         }
-        for (index, device) in plan.devices.iter().enumerate() {
-            for door in &device.doors {
-                let door = bind(index, &self.devices[index], door, handed)
-                    .with_context(|| format!("{}: vhost-user-blk", device.name))?;
-                self.doors.push(door);
-            }
+        for door in &plan.doors {
+            let names: Vec<_> = door
+                .devices
+                .iter()
+                .map(|index| plan.devices[*index].name.as_str())
+                .collect();
+            let devices = door
+                .devices
+                .iter()
+                .map(|index| self.devices[*index].clone())
+                .collect();
+            let door = Door::bind(door, devices, handed)
+                .with_context(|| format!("{}: {}", names.join(", "), door.kind.name()))?;
+            self.doors.push(door);
         }
         Ok(())
     }
@@ -246,11 +299,16 @@ impl Served {
         };
         let mut text = String::new();
         let mut names = Vec::new();
-        for (index, door) in self.doors.into_iter().enumerate() {
+        for (index, (door, planned)) in self.doors.into_iter().zip(&plan.doors).enumerate() {
             if let BackendKind::Threads { .. } = door.server.io_backend() {
                 complain(format_args!("note: I/O by {}", door.server.io_backend()));
             }
-            let name = format!("{} at {}", plan.devices[door.device].name, door.hint.socket());
+            let images: Vec<_> = planned
+                .devices
+                .iter()
+                .map(|index| plan.devices[*index].name.as_str())
+                .collect();
+            let name = format!("{} at {}", images.join(", "), door.hint.socket());
             text.push_str(&door.hint.text(index, &name));
             names.push(name);
             running.handles.push(door.server.handle());
@@ -263,52 +321,8 @@ impl Served {
     }
 }
 
-/// The one place that knows how this door is made.
-fn bind(index: usize, device: &Device, plan: &DoorPlan, handed: &mut Handed) -> anyhow::Result<Door> {
-    let (socket, shown) = if plan.socket.as_os_str() == SYSTEMD {
-        let (fd, path): (OwnedFd, _) = handed.next()?;
-        (Socket::Listening(fd), path)
-    } else {
-        (
-            Socket::Path(plan.socket.clone()),
-            Some(crate::image::absolute(&plan.socket)),
-        )
-    };
-    let queues = plan.queues.unwrap_or_else(default_queues);
-    let serial = match (&plan.serial, device.status()) {
-        (Some(serial), _) => serial.clone(),
-        (None, Some(status)) => status.uuid.simple().to_string()[..20].to_owned(),
-        (None, None) => "zbdkit".to_owned(),
-    };
-    let hint = hints::Hint {
-        socket: shown,
-        queues,
-        queue_size: plan.queue_size,
-        zoned: device.limits().zoned.is_some(),
-    };
-    let server = Server::bind(
-        device.clone(),
-        ServeOptions {
-            queues,
-            queue_size: plan.queue_size,
-            serial,
-            busy_poll: plan.poll,
-            ..ServeOptions::new(socket)
-        },
-    )?;
-    Ok(Door {
-        server,
-        device: index,
-        hint,
-    })
-}
-
-fn default_queues() -> u16 {
-    std::thread::available_parallelism().map_or(1, |n| n.get().min(4) as u16)
-}
-
 /// How a door ended.
-type Ending = Result<(), ServeError>;
+type Ending = anyhow::Result<()>;
 
 fn start(server: Server, events: mpsc::Sender<Event>) -> JoinHandle<Ending> {
     std::thread::spawn(move || {
@@ -323,7 +337,7 @@ fn start(server: Server, events: mpsc::Sender<Event>) -> JoinHandle<Ending> {
 struct Running {
     devices: Vec<Device>,
     threads: Vec<JoinHandle<Ending>>,
-    handles: Vec<ServerHandle>,
+    handles: Vec<Handle>,
     events: mpsc::Receiver<Event>,
 }
 
@@ -335,13 +349,13 @@ impl Running {
             Ok(Event::Ended) | Err(_) => {}
         }
         service::notify("STOPPING=1");
-        self.handles.iter().for_each(ServerHandle::shutdown);
+        self.handles.iter().for_each(Handle::shutdown);
         let mut failed = false;
         for thread in self.threads {
             match thread.join() {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
-                    complain(describe(&anyhow::Error::new(error)));
+                    complain(describe(&error));
                     failed = true;
                 }
                 Err(_) => {

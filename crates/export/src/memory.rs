@@ -24,6 +24,18 @@ pub(crate) fn store_u16(memory: &GuestMemoryMmap, addr: u64, value: u16, order: 
     region.store(value.to_le(), at, order)
 }
 
+/// Loads a little-endian integer, which must be naturally aligned.
+pub(crate) fn load_u32(memory: &GuestMemoryMmap, addr: u64, order: Ordering) -> Result<u32> {
+    let (region, at) = region_of(memory, addr)?;
+    Ok(u32::from_le(region.load(at, order)?))
+}
+
+/// Stores a little-endian integer, which must be naturally aligned.
+pub(crate) fn store_u32(memory: &GuestMemoryMmap, addr: u64, value: u32, order: Ordering) -> Result<()> {
+    let (region, at) = region_of(memory, addr)?;
+    region.store(value.to_le(), at, order)
+}
+
 /// Copies bytes out of guest memory.
 pub(crate) fn read(memory: &GuestMemoryMmap, addr: u64, into: &mut [u8]) -> Result<()> {
     let (region, at) = region_of(memory, addr)?;

@@ -1,0 +1,272 @@
+//! What one connection has in common for all threads: link, controller, doorbells, and what registers were written.
+
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use zbdkit_nvme::Controller;
+use zbdkit_spec::nvme::controller::Cc;
+use zbdkit_vfio_user::Link;
+
+/// One connection.
+pub(super) struct Front {
+    pub(super) link: Link,
+    pub(super) controller: Arc<Controller>,
+    pub(super) doorbells: Doorbells,
+    /// Queues take and post nothing any more.
+    halted: AtomicBool,
+    /// CC.MPS when the controller was enabled, as bytes.
+    page: AtomicU64,
+    written: Mutex<Written>,
+    changed: Condvar,
+}
+
+/// The doorbell registers: submission queue tails and completion queue heads, as the host wrote them.
+pub(super) struct Doorbells {
+    tails: Box<[AtomicU32]>,
+    heads: Box<[AtomicU32]>,
+    /// The worker that serves a queue, plus one.
+    tail_workers: Box<[AtomicU32]>,
+    head_workers: Box<[AtomicU32]>,
+}
+
+impl Doorbells {
+    fn new(queues: usize) -> Doorbells {
+        let zeros = || (0..queues).map(|_| AtomicU32::new(0)).collect();
+        Doorbells {
+            tails: zeros(),
+            heads: zeros(),
+            tail_workers: zeros(),
+            head_workers: zeros(),
+        }
+    }
+
+    pub(super) fn tail(&self, qid: u16) -> &AtomicU32 {
+        &self.tails[usize::from(qid)]
+    }
+
+    pub(super) fn head(&self, qid: u16) -> &AtomicU32 {
+        &self.heads[usize::from(qid)]
+    }
+
+    /// Starts a submission queue's doorbell, on this worker.
+    pub(super) fn open_sq(&self, qid: u16, worker: usize) {
+        self.tail(qid).store(0, Ordering::Relaxed);
+        self.tail_workers[usize::from(qid)].store(worker as u32 + 1, Ordering::Release);
+    }
+
+    /// Starts a completion queue's doorbell.
+    pub(super) fn open_cq(&self, qid: u16, worker: usize) {
+        self.head(qid).store(0, Ordering::Relaxed);
+        self.head_workers[usize::from(qid)].store(worker as u32 + 1, Ordering::Release);
+    }
+
+    /// The host rings the doorbell with this index: submission queue tails and completion queue heads in turn. Returns the
+    /// worker to wake; `None` where there is no such queue.
+    pub(super) fn ring(&self, index: usize, value: u32) -> Option<usize> {
+        let qid = index / 2;
+        let (values, workers) = if index.is_multiple_of(2) {
+            (&self.tails, &self.tail_workers)
+        } else {
+            (&self.heads, &self.head_workers)
+        };
+        let worker = workers.get(qid)?.load(Ordering::Acquire).checked_sub(1)?;
+        values[qid].store(value & 0xffff, Ordering::Release);
+        Some(worker as usize)
+    }
+
+    fn close(&self) {
+        let workers = self.tail_workers.iter().chain(&self.head_workers);
+        workers.for_each(|worker| worker.store(0, Ordering::Release));
+    }
+}
+
+/// Registers that the control task follows.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct AdminQueueRegisters {
+    pub(super) aqa: u32,
+    pub(super) asq: u64,
+    pub(super) acq: u64,
+}
+
+#[derive(Default)]
+struct Written {
+    cc: Cc,
+    /// The control task has seen `cc`.
+    cc_seen: bool,
+    admin: AdminQueueRegisters,
+    resets_wanted: u64,
+    resets_done: u64,
+    ends: bool,
+    ended: bool,
+    waker: Option<Waker>,
+}
+
+/// What the control task has to do.
+#[derive(Debug)]
+pub(super) enum Task {
+    /// CC was written, with these admin queue registers.
+    Configure(Cc, AdminQueueRegisters),
+    /// Reset everything.
+    Reset(u64),
+    /// Reset everything, and end.
+    End,
+}
+
+impl Front {
+    pub(super) fn new(link: Link, controller: Arc<Controller>) -> Front {
+        let queues = usize::from(controller.options().io_queues) + 1;
+        Front {
+            link,
+            controller,
+            doorbells: Doorbells::new(queues),
+            halted: AtomicBool::new(false),
+            page: AtomicU64::new(4096),
+            written: Mutex::new(Written {
+                cc_seen: true,
+                ..Written::default()
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Written> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether queues have to leave host memory alone.
+    pub(super) fn is_halted(&self) -> bool {
+        self.halted.load(Ordering::Acquire)
+    }
+
+    /// Something is broken beyond repair but by a reset: CSTS.CFS, and no queue goes on.
+    pub(super) fn halt(&self) {
+        self.halted.store(true, Ordering::Release);
+        self.controller.set_fatal();
+    }
+
+    /// Bytes of a host page.
+    pub(super) fn page(&self) -> u64 {
+        self.page.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_page(&self, bytes: u64) {
+        self.page.store(bytes, Ordering::Relaxed);
+    }
+
+    // The server's thread.
+
+    pub(super) fn cc(&self) -> Cc {
+        self.lock().cc
+    }
+
+    pub(super) fn admin_registers(&self) -> AdminQueueRegisters {
+        self.lock().admin
+    }
+
+    /// The host writes CC. Where it writes faster than the control task follows, the task sees the last value.
+    pub(super) fn write_cc(&self, cc: Cc) {
+        let mut written = self.lock();
+        written.cc = cc;
+        written.cc_seen = false;
+        Front::wake(written);
+    }
+
+    /// The host writes AQA, ASQ or ACQ, which are read when the controller is enabled.
+    pub(super) fn write_admin_registers(&self, change: impl FnOnce(&mut AdminQueueRegisters)) {
+        change(&mut self.lock().admin);
+    }
+
+    /// Asks for a reset.
+    pub(super) fn begin_reset(&self) -> u64 {
+        let mut written = self.lock();
+        written.resets_wanted += 1;
+        written.cc = Cc::new();
+        written.cc_seen = true;
+        let wanted = written.resets_wanted;
+        Front::wake(written);
+        wanted
+    }
+
+    /// Waits for a reset; false where it is not done in time.
+    pub(super) fn wait_reset(&self, number: u64, patience: Duration) -> bool {
+        self.wait(patience, |written| written.resets_done >= number || written.ended)
+    }
+
+    /// Resets for good: the client is gone.
+    pub(super) fn begin_end(&self) {
+        let mut written = self.lock();
+        written.ends = true;
+        Front::wake(written);
+    }
+
+    /// Waits for the end; false where it is not reached in time.
+    pub(super) fn wait_end(&self, patience: Duration) -> bool {
+        self.wait(patience, |written| written.ended)
+    }
+
+    fn wait(&self, patience: Duration, done: impl Fn(&Written) -> bool) -> bool {
+        let deadline = Instant::now() + patience;
+        let mut written = self.lock();
+        while !done(&written) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = self.changed.wait_timeout(written, left);
+            written = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn wake(mut written: MutexGuard<'_, Written>) {
+        let waker = written.waker.take();
+        drop(written);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    // The control task.
+
+    /// The next thing to do.
+    pub(super) async fn next_task(&self) -> Task {
+        poll_fn(|cx| {
+            let mut written = self.lock();
+            if written.ends {
+                return Poll::Ready(Task::End);
+            }
+            if written.resets_done < written.resets_wanted {
+                return Poll::Ready(Task::Reset(written.resets_wanted));
+            }
+            if !written.cc_seen {
+                written.cc_seen = true;
+                return Poll::Ready(Task::Configure(written.cc, written.admin));
+            }
+            written.waker = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// All queues are gone, and nothing is in flight.
+    pub(super) fn quiesced(&self) {
+        self.doorbells.close();
+        self.halted.store(false, Ordering::Release);
+    }
+
+    pub(super) fn reset_done(&self, number: u64) {
+        let mut written = self.lock();
+        written.resets_done = number;
+        written.admin = AdminQueueRegisters::default();
+        drop(written);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn ended(&self) {
+        self.lock().ended = true;
+        self.changed.notify_all();
+    }
+}

@@ -1,0 +1,176 @@
+//! The server: socket, threads, and the log of what clients do.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use zbdkit_io::unix::{ListenError, Listener};
+use zbdkit_io::{BackendKind, RuntimeOptions};
+use zbdkit_nvme::Subsystem;
+use zbdkit_vfio_user::Event;
+
+use super::device::{Function, MAX_IO_QUEUES};
+use super::worker::WorkerThread;
+use crate::log_limit::{LogLimit, limited_warn};
+
+pub use zbdkit_vfio_user::{ServeError, ServerHandle};
+
+static REFUSALS: LogLimit = LogLimit::new(10, Duration::from_secs(60));
+static CONNECTIONS: LogLimit = LogLimit::new(20, Duration::from_secs(60));
+
+/// Where to listen.
+#[derive(Debug)]
+pub enum Socket {
+    /// A unix socket that is made here, and removed at the end.
+    Path(PathBuf),
+    /// A unix socket that listens already.
+    Listening(OwnedFd),
+}
+
+/// How to serve a subsystem.
+#[derive(Debug)]
+pub struct ServeOptions {
+    /// Where to listen.
+    pub socket: Socket,
+    /// I/O queues that the host may make: 1 to 511.
+    pub io_queues: u16,
+    /// Threads that serve them: 1 to `io_queues`.
+    pub threads: u16,
+    /// How long to watch idle queues before sleeping.
+    pub busy_poll: Duration,
+    /// Which way I/O goes.
+    pub backend: zbdkit_io::Backend,
+    /// How long requests in flight may keep a client from being let go, or the controller from being reset.
+    pub drain_within: Duration,
+}
+
+impl ServeOptions {
+    /// 16 I/O queues on one thread, at `socket`.
+    pub fn new(socket: Socket) -> ServeOptions {
+        let RuntimeOptions {
+            busy_poll, backend, ..
+        } = RuntimeOptions::default();
+        ServeOptions {
+            socket,
+            io_queues: 16,
+            threads: 1,
+            busy_poll,
+            backend,
+            drain_within: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Why a subsystem cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Too few or too many queues.
+    #[error("{0} queues: there must be 1 to {MAX_IO_QUEUES}")]
+    Queues(u16),
+    /// Too few or too many threads.
+    #[error("{threads} threads: there must be 1 to {queues}, one for each queue")]
+    Threads {
+        /// Threads.
+        threads: u16,
+        /// I/O queues.
+        queues: u16,
+    },
+    /// The socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// Threads, rings, file descriptors.
+    #[error("cannot start: {0}")]
+    Start(#[source] io::Error),
+}
+
+/// A controller that waits for clients.
+pub struct Server {
+    server: zbdkit_vfio_user::Server,
+    function: Function,
+    io: BackendKind,
+}
+
+impl Server {
+    /// Makes the socket and starts the threads. Clients can connect from now on; they are served by [`Server::run`].
+    ///
+    /// # Errors
+    /// See [`BindError`].
+    pub fn bind(subsystem: Arc<Subsystem>, options: ServeOptions) -> Result<Server, BindError> {
+        let ServeOptions {
+            socket,
+            io_queues,
+            threads,
+            busy_poll,
+            backend,
+            drain_within,
+        } = options;
+        if io_queues == 0 || io_queues > MAX_IO_QUEUES {
+            return Err(BindError::Queues(io_queues));
+        }
+        if threads == 0 || threads > io_queues {
+            return Err(BindError::Threads {
+                threads,
+                queues: io_queues,
+            });
+        }
+        let listener = match socket {
+            Socket::Path(path) => Listener::bind(&path)?,
+            Socket::Listening(fd) => Listener::from_fd(fd)?,
+        };
+        let server = zbdkit_vfio_user::Server::new(listener).map_err(BindError::Start)?;
+        let mut workers = Vec::with_capacity(threads.into());
+        let mut io = BackendKind::IoUring;
+        for index in 0..threads.into() {
+            let options = RuntimeOptions {
+                busy_poll,
+                backend,
+                ..RuntimeOptions::default()
+            };
+            let (worker, kind) = WorkerThread::start(index, options).map_err(BindError::Start)?;
+            workers.push(worker);
+            io = kind;
+        }
+        Ok(Server {
+            server,
+            function: Function::new(subsystem, io_queues, workers, drain_within),
+            io,
+        })
+    }
+
+    /// For other threads.
+    pub fn handle(&self) -> ServerHandle {
+        self.server.handle()
+    }
+
+    /// How the queues do their I/O; its `Display` says why it is not io_uring.
+    pub fn io_backend(&self) -> &BackendKind {
+        &self.io
+    }
+
+    /// Serves one client after the other until [`ServerHandle::shutdown`]. Afterwards no request is in flight, and the
+    /// socket is gone.
+    ///
+    /// # Errors
+    /// Where the socket fails, or where requests do not end in time.
+    pub fn run(mut self) -> Result<(), ServeError> {
+        self.server.run(&mut self.function, log)
+    }
+}
+
+fn log(event: Event<'_>) {
+    match event {
+        Event::Connected => tracing::info!("a client connected"),
+        Event::Disconnected => tracing::info!("the client disconnected"),
+        Event::Waiting => {
+            limited_warn!(
+                CONNECTIONS,
+                "another client waits until the present one disconnects"
+            );
+        }
+        Event::Closed(error) => limited_warn!(CONNECTIONS, "closed the connection to the client: {error}"),
+        Event::Shortage(error) => limited_warn!(CONNECTIONS, "cannot accept a connection: {error}"),
+        Event::Refused(refused) => limited_warn!(REFUSALS, "refused a message: {refused}"),
+    }
+}

@@ -1,0 +1,168 @@
+//! The one place that knows how each kind of door is made.
+
+use anyhow::Context;
+use uuid::Uuid;
+use zbdkit_block::Device;
+use zbdkit_export::{nvme_pci, vhost_user_blk};
+use zbdkit_io::BackendKind;
+use zbdkit_nvme::{Namespace, NamespaceOptions, Subsystem, SubsystemOptions};
+
+use super::hints::{Client, Hint};
+use super::service::Handed;
+use super::{DoorKind, DoorPlan, SYSTEMD};
+
+/// A bound socket with what is behind it.
+pub(super) struct Door {
+    pub(super) server: Server,
+    pub(super) hint: Hint,
+}
+
+/// A server of any kind.
+pub(super) enum Server {
+    VhostUserBlk(vhost_user_blk::Server),
+    Nvme(nvme_pci::Server),
+}
+
+/// Ends a server.
+pub(super) enum Handle {
+    VhostUserBlk(vhost_user_blk::ServerHandle),
+    Nvme(nvme_pci::ServerHandle),
+}
+
+impl Server {
+    pub(super) fn io_backend(&self) -> &BackendKind {
+        match self {
+            Server::VhostUserBlk(server) => server.io_backend(),
+            Server::Nvme(server) => server.io_backend(),
+        }
+    }
+
+    pub(super) fn handle(&self) -> Handle {
+        match self {
+            Server::VhostUserBlk(server) => Handle::VhostUserBlk(server.handle()),
+            Server::Nvme(server) => Handle::Nvme(server.handle()),
+        }
+    }
+
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        match self {
+            Server::VhostUserBlk(server) => Ok(server.run()?),
+            Server::Nvme(server) => Ok(server.run()?),
+        }
+    }
+}
+
+impl Handle {
+    pub(super) fn shutdown(&self) {
+        match self {
+            Handle::VhostUserBlk(handle) => handle.shutdown(),
+            Handle::Nvme(handle) => handle.shutdown(),
+        }
+    }
+}
+
+impl Door {
+    pub(super) fn bind(plan: &DoorPlan, devices: Vec<Device>, handed: &mut Handed) -> anyhow::Result<Door> {
+        let (handed, socket) = if plan.socket.as_os_str() == SYSTEMD {
+            let (fd, path) = handed.next()?;
+            (Some(fd), path)
+        } else {
+            (None, Some(crate::image::absolute(&plan.socket)))
+        };
+        let (server, client) = match plan.kind {
+            DoorKind::VhostUserBlk { queue_size } => {
+                let socket = match handed {
+                    Some(fd) => vhost_user_blk::Socket::Listening(fd),
+                    None => vhost_user_blk::Socket::Path(plan.socket.clone()),
+                };
+                let device = devices.into_iter().next().context("there is no image")?;
+                vhost_user_blk(plan, device, queue_size, socket)?
+            }
+            DoorKind::Nvme => {
+                let socket = match handed {
+                    Some(fd) => nvme_pci::Socket::Listening(fd),
+                    None => nvme_pci::Socket::Path(plan.socket.clone()),
+                };
+                (nvme(plan, devices, socket)?, Client::VfioUser)
+            }
+        };
+        Ok(Door {
+            server,
+            hint: Hint { socket, client },
+        })
+    }
+}
+
+fn vhost_user_blk(
+    plan: &DoorPlan,
+    device: Device,
+    queue_size: u16,
+    socket: vhost_user_blk::Socket,
+) -> anyhow::Result<(Server, Client)> {
+    let queues = plan.queues.unwrap_or_else(threads);
+    let client = Client::VhostUserBlk {
+        queues,
+        queue_size,
+        zoned: device.limits().zoned.is_some(),
+    };
+    let options = vhost_user_blk::ServeOptions {
+        queues,
+        queue_size,
+        serial: serial(plan, &device),
+        busy_poll: plan.poll,
+        ..vhost_user_blk::ServeOptions::new(socket)
+    };
+    let server = vhost_user_blk::Server::bind(device, options)?;
+    Ok((Server::VhostUserBlk(server), client))
+}
+
+fn nvme(plan: &DoorPlan, devices: Vec<Device>, socket: nvme_pci::Socket) -> anyhow::Result<Server> {
+    let first = devices.first().context("there is no namespace")?;
+    // The same subsystem each time its first image is served.
+    let uuid = uuid_of(first).unwrap_or_else(Uuid::new_v4);
+    let names = SubsystemOptions {
+        nqn: format!("nqn.2014-08.org.nvmexpress:uuid:{uuid}"),
+        serial: serial(plan, first),
+        model: "zbdkit".to_owned(),
+        firmware: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let namespace = |(index, device): (usize, Device)| {
+        let options = NamespaceOptions {
+            uuid: uuid_of(&device),
+            ..NamespaceOptions::default()
+        };
+        Namespace::new(device, &options).with_context(|| format!("namespace {}", index + 1))
+    };
+    let namespaces = devices
+        .into_iter()
+        .enumerate()
+        .map(namespace)
+        .collect::<anyhow::Result<_>>()?;
+    let options = nvme_pci::ServeOptions::new(socket);
+    let io_queues = plan.queues.unwrap_or(options.io_queues);
+    let options = nvme_pci::ServeOptions {
+        io_queues,
+        threads: threads().min(io_queues),
+        busy_poll: plan.poll,
+        ..options
+    };
+    let subsystem = Subsystem::new(names, namespaces)?;
+    Ok(Server::Nvme(nvme_pci::Server::bind(subsystem, options)?))
+}
+
+/// As the user says, or of the image's UUID.
+fn serial(plan: &DoorPlan, device: &Device) -> String {
+    match (&plan.serial, uuid_of(device)) {
+        (Some(serial), _) => serial.clone(),
+        (None, Some(uuid)) => uuid.simple().to_string()[..20].to_owned(),
+        (None, None) => "zbdkit".to_owned(),
+    }
+}
+
+fn uuid_of(device: &Device) -> Option<Uuid> {
+    device.status().map(|status| status.uuid)
+}
+
+fn threads() -> u16 {
+    std::thread::available_parallelism().map_or(1, |n| n.get().min(4) as u16)
+}
