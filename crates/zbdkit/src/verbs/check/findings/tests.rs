@@ -82,7 +82,7 @@ ok       zones           0 conventional, 0 open, 0 read-only, 0 offline
 ok       opening         opens as driver=host_device,filename=/dev/nullb0,cache.direct=on
 ok       vhost-user-blk  a guest sees 1 GiB in blocks of 4096 bytes, zones of 64 MiB, max open 6, max active 8, \
          appends up to 64 KiB, writes in multiples of 4096 bytes
-note     nvme            this door is still to come
+note     nvme            by zbdkit serve --nvme, where no zone is conventional
 /dev/nullb0: usable
 "
     );
