@@ -143,7 +143,11 @@ impl Examination {
         if let Some(Ok(limits)) = &self.opened {
             findings.push(vhost_user_blk_door(limits));
         }
-        findings.push(Finding::new("nvme", Verdict::Note, "by zbdkit serve --nvme, where no zone is conventional"));
+        findings.push(Finding::new(
+            "nvme",
+            Verdict::Note,
+            "by zbdkit serve --nvme, where no zone is conventional",
+        ));
         findings
     }
 
