@@ -57,3 +57,6 @@ run zbdkit io /dev/nullb0 -c 'zap -p 16M 4k 4k'
 scsi_debug physblk_exp=3
 told "write granularity of 4096 bytes" zbdkit serve "$scsi" --vhost-user-blk /tmp/z.sock
 run zbdkit-drive conform "$scsi"
+told "only its contents" zbdkit convert -O qcow2 -o zone.mode=host-managed,zone.size=4M /dev/nullb0 /tmp/copy.qcow2
+told "has no zones" zbdkit convert -O qcow2 /dev/nullb0 /tmp/copy.qcow2
+run zbdkit convert -O qcow2 -o zone.mode=none /dev/nullb0 /tmp/copy.qcow2

@@ -35,8 +35,24 @@ pub enum Plan {
     Fill(Geometry),
 }
 
+/// Whether the zones are kept by something that this process has no hold of.
+fn is_drive(device: &Device) -> bool {
+    device.limits().zoned.is_some() && device.engine().is_none()
+}
+
 impl Plan {
     pub fn new(source: &Device, target: &Device) -> Result<Plan, ToolError> {
+        if is_drive(target) {
+            return Err(ToolError::Refused(
+                "a drive's zones are not set by a copy: its zones take writes at their pointers only".into(),
+            ));
+        }
+        if is_drive(source) && target.limits().zoned.is_some() {
+            return Err(ToolError::Refused(
+                "a drive's zones cannot be copied, only its contents: to an image without zones (-o zone.mode=none)"
+                    .into(),
+            ));
+        }
         match (source.engine(), target.engine()) {
             (None, None) => Ok(Plan::Nothing),
             (Some(_), None) => Ok(Plan::Drop),

@@ -13,7 +13,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use zbdkit_block::host_device::{Drive, HostDeviceNode};
-use zbdkit_block::{Device, Error, Lane};
+use zbdkit_block::{Device, Error, Graph, Host, Lane, OpenOptions, OsHost, tool};
 use zbdkit_io::{Backend, IoBuf, Runtime, RuntimeOptions, yield_now};
 use zbdkit_testkit::conformance;
 use zbdkit_testkit::drive::FakeDrive;
@@ -195,5 +195,36 @@ fn a_thread_that_ends_with_a_write_under_way_leaves_the_zone_to_others() {
         // A storage of a test does not go on once its thread is gone: the write never arrived.
         assert_eq!(append(&device, &lane, FIRST, BLOCK, 2).await.unwrap(), START);
         lane.quiet().await;
+    });
+}
+
+#[test]
+fn a_copy_neither_sets_a_drives_zones_nor_makes_some_up() {
+    let drive = drive(false, 4);
+    with(&drive, async |device, _| {
+        let host: Arc<dyn Host> = Arc::new(OsHost);
+        let memory = async |graph: &str| {
+            let graph = Graph::parse(graph).unwrap();
+            graph.open(&host, &OpenOptions::default()).await.unwrap()
+        };
+        let plain = memory("driver=memory,size=8M").await;
+        let zoned = memory("driver=zoned,zone.size=1M,file.driver=memory,file.size=8M").await;
+        let copy = async |from: &Device, to: &Device| {
+            let result = tool::copy(from, to, &tool::CopyOptions::default(), &|_, _| {}).await;
+            result.map_err(|error| error.to_string())
+        };
+        assert!(
+            copy(&plain, device)
+                .await
+                .unwrap_err()
+                .contains("not set by a copy")
+        );
+        assert!(
+            copy(device, &zoned)
+                .await
+                .unwrap_err()
+                .contains("only its contents")
+        );
+        copy(device, &plain).await.unwrap();
     });
 }

@@ -251,7 +251,7 @@ async fn copy(
     holds: TargetHolds,
     drop_zones: bool,
 ) -> anyhow::Result<()> {
-    if source.engine().is_some() && target.engine().is_none() && !drop_zones {
+    if source.limits().zoned.is_some() && target.limits().zoned.is_none() && !drop_zones {
         return Err(Usage(format!(
             "{} has no zones, but the source has: to copy only the contents, say -o zone.mode=none and leave out -n",
             Path::new(&args.target).display()
