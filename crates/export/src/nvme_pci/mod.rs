@@ -21,4 +21,5 @@ mod sq;
 mod transfer;
 mod worker;
 
-pub use server::{BindError, ServeError, ServeOptions, Server, ServerHandle, Socket};
+pub use crate::socket::Socket;
+pub use server::{BindError, ServeError, ServeOptions, Server, ServerHandle};

@@ -1,12 +1,10 @@
 //! The server: socket, threads, and the log of what clients do.
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use zbdkit_io::unix::{ListenError, Listener};
+use zbdkit_io::unix::ListenError;
 use zbdkit_io::{BackendKind, RuntimeOptions};
 use zbdkit_nvme::Subsystem;
 use zbdkit_vfio_user::Event;
@@ -14,20 +12,12 @@ use zbdkit_vfio_user::Event;
 use super::device::{Function, MAX_IO_QUEUES};
 use super::worker::WorkerThread;
 use crate::log_limit::{LogLimit, limited_warn};
+use crate::socket::Socket;
 
 pub use zbdkit_vfio_user::{ServeError, ServerHandle};
 
 static REFUSALS: LogLimit = LogLimit::new(10, Duration::from_secs(60));
 static CONNECTIONS: LogLimit = LogLimit::new(20, Duration::from_secs(60));
-
-/// Where to listen.
-#[derive(Debug)]
-pub enum Socket {
-    /// A unix socket that is made here, and removed at the end.
-    Path(PathBuf),
-    /// A unix socket that listens already.
-    Listening(OwnedFd),
-}
 
 /// How to serve a subsystem.
 #[derive(Debug)]
@@ -115,10 +105,7 @@ impl Server {
                 queues: io_queues,
             });
         }
-        let listener = match socket {
-            Socket::Path(path) => Listener::bind(&path)?,
-            Socket::Listening(fd) => Listener::from_fd(fd)?,
-        };
+        let listener = socket.listen()?;
         let server = zbdkit_vfio_user::Server::new(listener).map_err(BindError::Start)?;
         let mut workers = Vec::with_capacity(threads.into());
         let mut io = BackendKind::IoUring;

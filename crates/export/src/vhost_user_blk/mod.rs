@@ -17,6 +17,7 @@ mod stats;
 mod status;
 mod thread;
 
+pub use crate::socket::Socket;
 pub use model::{Unsuitable, shown};
-pub use server::{BindError, ServeError, ServeOptions, Server, ServerHandle, Socket};
+pub use server::{BindError, ServeError, ServeOptions, Server, ServerHandle};
 pub use stats::Stats;

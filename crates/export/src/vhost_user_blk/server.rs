@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +15,7 @@ use super::queue::Service;
 use super::stats::Stats;
 use super::thread::{Control, QueueThread};
 use crate::log_limit::{LogLimit, limited_warn};
+use crate::socket::Socket;
 use crate::vhost_user::backend::{Backend, ConfigReadOnly, FeatureError, RingSetup, Stuck};
 use crate::vhost_user::session::{Refused, Session};
 use crate::vhost_user::stream::{Progress, Stream, StreamError};
@@ -28,15 +28,6 @@ const MAX_QUEUE_SIZE: u16 = 32768;
 
 static REFUSALS: LogLimit = LogLimit::new(10, Duration::from_secs(60));
 static CONNECTIONS: LogLimit = LogLimit::new(20, Duration::from_secs(60));
-
-/// Where to listen.
-#[derive(Debug)]
-pub enum Socket {
-    /// A unix socket that is made here, and removed at the end.
-    Path(PathBuf),
-    /// A unix socket that listens already.
-    Listening(OwnedFd),
-}
 
 /// How to serve a device.
 #[derive(Debug)]
@@ -176,10 +167,7 @@ impl Server {
             });
         }
         let model = Arc::new(Model::new(device.limits(), queues, queue_size, &serial)?);
-        let listener = match socket {
-            Socket::Path(path) => Listener::bind(&path)?,
-            Socket::Listening(fd) => Listener::from_fd(fd)?,
-        };
+        let listener = socket.listen()?;
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let stop = Arc::new(eventfd(0, flags).map_err(|errno| BindError::Threads(errno.into()))?);
         let mut threads = Vec::with_capacity(queues.into());

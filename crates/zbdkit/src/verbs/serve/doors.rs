@@ -3,7 +3,7 @@
 use anyhow::Context;
 use uuid::Uuid;
 use zbdkit_block::Device;
-use zbdkit_export::{nvme_pci, vhost_user_blk};
+use zbdkit_export::{Socket, nvme_pci, vhost_user_blk};
 use zbdkit_io::BackendKind;
 use zbdkit_nvme::{Namespace, NamespaceOptions, Subsystem, SubsystemOptions};
 
@@ -69,22 +69,16 @@ impl Door {
         } else {
             (None, Some(crate::image::absolute(&plan.socket)))
         };
+        let listening = match handed {
+            Some(fd) => Socket::Listening(fd),
+            None => Socket::Path(plan.socket.clone()),
+        };
         let (server, client) = match plan.kind {
             DoorKind::VhostUserBlk { queue_size } => {
-                let socket = match handed {
-                    Some(fd) => vhost_user_blk::Socket::Listening(fd),
-                    None => vhost_user_blk::Socket::Path(plan.socket.clone()),
-                };
                 let device = devices.into_iter().next().context("there is no image")?;
-                vhost_user_blk(plan, device, queue_size, socket)?
+                vhost_user_blk(plan, device, queue_size, listening)?
             }
-            DoorKind::Nvme => {
-                let socket = match handed {
-                    Some(fd) => nvme_pci::Socket::Listening(fd),
-                    None => nvme_pci::Socket::Path(plan.socket.clone()),
-                };
-                (nvme(plan, devices, socket)?, Client::VfioUser)
-            }
+            DoorKind::Nvme => (nvme(plan, devices, listening)?, Client::VfioUser),
         };
         Ok(Door {
             server,
@@ -97,7 +91,7 @@ fn vhost_user_blk(
     plan: &DoorPlan,
     device: Device,
     queue_size: u16,
-    socket: vhost_user_blk::Socket,
+    socket: Socket,
 ) -> anyhow::Result<(Server, Client)> {
     let queues = plan.queues.unwrap_or_else(threads);
     let client = Client::VhostUserBlk {
@@ -116,7 +110,7 @@ fn vhost_user_blk(
     Ok((Server::VhostUserBlk(server), client))
 }
 
-fn nvme(plan: &DoorPlan, devices: Vec<Device>, socket: nvme_pci::Socket) -> anyhow::Result<Server> {
+fn nvme(plan: &DoorPlan, devices: Vec<Device>, socket: Socket) -> anyhow::Result<Server> {
     let first = devices.first().context("there is no namespace")?;
     // The same subsystem each time its first image is served.
     let uuid = uuid_of(first).unwrap_or_else(Uuid::new_v4);
