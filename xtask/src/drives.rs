@@ -217,14 +217,21 @@ fn test_program(name: &str) -> Result<PathBuf> {
         output.status.success(),
         "cargo test --no-run --test {name} failed"
     );
-    // One JSON object a line (the Cargo Book, External tools); that of the last program built has it.
+    // One JSON object a line (the Cargo Book, External tools). The package's programs are built beside its test, and
+    // which of them cargo names last is left to chance.
     let messages = String::from_utf8_lossy(&output.stdout);
+    executable_of_test(&messages, name).with_context(|| format!("cargo names no program of the test {name}"))
+}
+
+fn executable_of_test(messages: &str, name: &str) -> Option<PathBuf> {
     messages
         .lines()
-        .rev()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .find_map(|message| Some(PathBuf::from(message.get("executable")?.as_str()?)))
-        .with_context(|| format!("cargo names no program of the test {name}"))
+        .filter(|message| {
+            let target = &message["target"];
+            target["name"] == name && target["kind"] == serde_json::json!(["test"])
+        })
+        .find_map(|message| Some(PathBuf::from(message["executable"].as_str()?)))
 }
 
 impl DriveJob {
@@ -274,5 +281,22 @@ impl Nvme {
             ]);
         }
         Ok(arguments)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_of_a_test_is_told_from_those_built_beside_it() {
+        let messages = r#"{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"nvme"},"executable":null}
+{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"nvme"},"executable":"/t/bin"}
+{"reason":"compiler-artifact","target":{"kind":["test"],"name":"nvme"},"executable":"/t/test"}
+{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"zbdkit-nvme"},"executable":"/t/other"}
+{"reason":"build-finished","success":true}"#;
+        let found = |name| executable_of_test(messages, name);
+        assert_eq!(found("nvme"), Some(PathBuf::from("/t/test")));
+        assert_eq!(found("zbdkit-nvme"), None);
     }
 }
