@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use zbdkit_io::File;
-use zbdkit_zone::{Geometry, GeometryError, GeometrySpec, Model};
+use zbdkit_zone::{Geometry, GeometryError, GeometrySpec, Model, Zns};
 
 use crate::error::OpenError;
 use crate::host::{FileOptions, Host, HostError};
@@ -82,6 +82,7 @@ impl CreateOptions {
             max_open: self.max_open.unwrap_or(self.max_active),
             max_active: self.max_active,
             max_append: self.max_append.unwrap_or(default_append(zone_capacity)),
+            zns: Zns::NONE,
         })
     }
 }

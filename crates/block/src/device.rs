@@ -198,6 +198,23 @@ impl Device {
         self.node().zone_op(op, zone_start).await
     }
 
+    /// Moves the write pointer of a zone with a random write area to byte `end`; see [`Node::commit_zrwa`].
+    pub async fn commit_zrwa(&self, _lane: &Lane, end: u64) -> Result<(), Error> {
+        self.check_writable()?;
+        self.node().commit_zrwa(end).await
+    }
+
+    /// Attaches a descriptor extension to an empty zone; see [`Node::set_extension`].
+    pub async fn set_extension(&self, _lane: &Lane, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
+        self.check_writable()?;
+        self.node().set_extension(zone_start, extension).await
+    }
+
+    /// The descriptor extension of a zone, where it has one.
+    pub async fn extension(&self, zone_start: u64) -> Result<Option<Vec<u8>>, Error> {
+        self.node().extension(zone_start).await
+    }
+
     /// Resets every sequential zone that is neither read-only nor offline, as one operation.
     pub async fn reset_all(&self, _lane: &Lane) -> Result<(), Error> {
         self.check_writable()?;

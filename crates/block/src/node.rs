@@ -10,7 +10,7 @@ use std::task::{Poll, Waker};
 
 use zbdkit_io::{File, IoBuf};
 pub use zbdkit_qcow2::Access;
-use zbdkit_zone::{CloseEmpty, Engine, Filter, SlotPool, ZoneInfo};
+use zbdkit_zone::{CloseEmpty, Engine, Filter, Recommendation, SlotPool, ZoneInfo};
 
 use crate::error::Error;
 use crate::limits::Limits;
@@ -33,6 +33,8 @@ pub enum CrossZone {
 pub enum ZoneOp {
     /// Open explicitly.
     Open,
+    /// Open explicitly, with a zone random write area, which the zone has until it is full, reset or finished.
+    OpenZrwa,
     /// Close; an opened zone without data becomes what the argument says.
     Close(CloseEmpty),
     /// Make the zone full; an empty one needs resources to be available ([`zbdkit_zone::ExclusiveOp::Finish`]).
@@ -47,6 +49,24 @@ pub enum ZoneOp {
     SetOffline,
     /// Operator: take back read-only and offline.
     SetNormal,
+    /// Operator: the device makes the zone full by itself, as drives do with zones that stay active too long.
+    FinishByDevice,
+    /// Operator: the device would have the host do this; nothing takes an earlier one back.
+    Recommend(Option<Recommendation>),
+}
+
+impl ZoneOp {
+    /// Whether it is an operator's, whom no protocol speaks for.
+    pub fn is_operators(self) -> bool {
+        matches!(
+            self,
+            Self::SetReadOnly
+                | Self::SetOffline
+                | Self::SetNormal
+                | Self::FinishByDevice
+                | Self::Recommend(_)
+        )
+    }
 }
 
 /// What a range of the device consists of, as far as it is all alike.
@@ -285,6 +305,23 @@ pub trait Node: Send + Sync {
     /// One operation on the zone that starts at `zone_start`.
     fn zone_op<'a>(&'a self, _op: ZoneOp, _zone_start: u64) -> Request<'a, ()> {
         Box::pin(async { Err(Error::NotSupported("zone management")) })
+    }
+
+    /// Commits a zone random write area up to byte `end`, which lies in it or at its end and is a multiple of the
+    /// granularity from the zone's start, or the end of the capacity: the write pointer moves there.
+    fn commit_zrwa<'a>(&'a self, _end: u64) -> Request<'a, ()> {
+        Box::pin(async { Err(Error::NotSupported("a zone random write area")) })
+    }
+
+    /// Attaches a descriptor extension to the empty zone that starts at `zone_start`, which is closed afterwards and takes
+    /// an active resource. Durable once acknowledged. A shorter extension than the device's is filled up with zeros.
+    fn set_extension<'a>(&'a self, _zone_start: u64, _extension: &'a [u8]) -> Request<'a, ()> {
+        Box::pin(async { Err(Error::NotSupported("zone descriptor extensions")) })
+    }
+
+    /// The descriptor extension of the zone that starts at `zone_start`, where it has one: of the device's size.
+    fn extension<'a>(&'a self, _zone_start: u64) -> Request<'a, Option<Vec<u8>>> {
+        Box::pin(async { Err(Error::NotSupported("zone descriptor extensions")) })
     }
 
     /// Resets every sequential zone that can be reset, as one operation.

@@ -12,7 +12,7 @@ use zbdkit_io::{Runtime, RuntimeOptions};
 use zbdkit_testkit::client::{Client, DoorNode, Options};
 use zbdkit_testkit::conformance;
 use zbdkit_testkit::drive::FakeDrive;
-use zbdkit_zone::{GeometrySpec, Model};
+use zbdkit_zone::{GeometrySpec, Model, Zns};
 
 const SPEC: GeometrySpec = GeometrySpec {
     model: Model::HostManaged,
@@ -24,6 +24,7 @@ const SPEC: GeometrySpec = GeometrySpec {
     max_open: 3,
     max_active: 4,
     max_append: 64 << 10,
+    zns: Zns::NONE,
 };
 
 fn runtime() -> Runtime {

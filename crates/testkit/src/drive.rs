@@ -271,6 +271,9 @@ impl Disk {
             ZoneOp::SetReadOnly => ExclusiveOp::SetReadOnly,
             ZoneOp::SetOffline => ExclusiveOp::SetOffline,
             ZoneOp::SetNormal => ExclusiveOp::SetNormal,
+            ZoneOp::OpenZrwa | ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => {
+                return Err(libc_errno::EOPNOTSUPP);
+            }
         };
         if let Some(permit) = self.engine.begin(zone, exclusive).map_err(|e| errno(&e))? {
             if exclusive == ExclusiveOp::Reset {
@@ -302,6 +305,7 @@ mod libc_errno {
     pub const EIO: i32 = 5;
     pub const ENODEV: i32 = 19;
     pub const EOVERFLOW: i32 = 75;
+    pub const EOPNOTSUPP: i32 = 95;
     pub const ETOOMANYREFS: i32 = 109;
 }
 

@@ -37,6 +37,7 @@ impl Zoned {
             max_append,
             size: _,
             block_size: _,
+            zns: _,
         } = *geometry.spec();
         Zoned {
             model: model_name(model),

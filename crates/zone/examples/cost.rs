@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use zbdkit_zone::{Completion, Engine, ExclusiveOp, Geometry, GeometrySpec, Model, ZoneNo, ZoneRecord};
+use zbdkit_zone::{Completion, Engine, ExclusiveOp, Geometry, GeometrySpec, Model, Zns, ZoneNo, ZoneRecord};
 
 const BLOCK: u64 = 4096;
 const ZONE: u64 = 1 << 30;
@@ -19,6 +19,7 @@ fn engine(zones: u64, max_open: u32) -> Engine {
         max_open,
         max_active: 0,
         max_append: 1 << 20,
+        zns: Zns::NONE,
     };
     Engine::new(Geometry::new(spec).expect("valid"), |_| ZoneRecord::default()).expect("valid")
 }

@@ -29,6 +29,38 @@ pub struct GeometrySpec {
     pub max_active: u32,
     /// The longest zone append; 0 for none.
     pub max_append: u64,
+    /// What only Zoned Namespaces have.
+    pub zns: Zns,
+}
+
+/// What only Zoned Namespaces have (ZNS Command Set 1.2): other protocols do not show it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Zns {
+    /// Zone random write areas, where the device has them.
+    pub zrwa: Option<Zrwa>,
+    /// Bytes of a zone descriptor extension: a multiple of 64, at most 16320; 0 for none.
+    pub extension_size: u32,
+}
+
+impl Zns {
+    /// A device with none of it.
+    pub const NONE: Zns = Zns {
+        zrwa: None,
+        extension_size: 0,
+    };
+}
+
+/// The zone random write areas of a device (ZNS 1.2, 5.7). Sizes are bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Zrwa {
+    /// How far behind a zone's write pointer blocks can be written in any order, and again.
+    pub size: u64,
+    /// The write pointer moves by multiples of this; `size` is one.
+    pub granularity: u64,
+    /// How many zones can have one at a time; 0 for no limit.
+    pub count: u32,
+    /// The pointer can be moved by command, not only by writes behind the area.
+    pub explicit_commit: bool,
 }
 
 /// The shape of a zoned device. What it says is consistent.
@@ -116,6 +148,16 @@ impl Geometry {
     /// How many zones may be open or closed; 0 for no limit.
     pub fn max_active(&self) -> u32 {
         self.spec.max_active
+    }
+
+    /// Zone random write areas, where the device has them.
+    pub fn zrwa(&self) -> Option<Zrwa> {
+        self.spec.zns.zrwa
+    }
+
+    /// Bytes of a zone descriptor extension; 0 for none.
+    pub fn extension_size(&self) -> u32 {
+        self.spec.zns.extension_size
     }
 
     /// The longest zone append in bytes; 0 for none.
@@ -306,6 +348,7 @@ mod tests {
         max_open: 6,
         max_active: 8,
         max_append: 1 << 20,
+        zns: Zns::NONE,
     };
 
     fn refused(spec: GeometrySpec) -> String {

@@ -41,9 +41,10 @@ mod types;
 
 pub use engine::{Engine, Resources};
 pub use error::{GeometryError, RecordError, Refused, ZoneError};
-pub use geometry::{Geometry, GeometrySpec, MAX_ZONES};
+pub use geometry::{Geometry, GeometrySpec, MAX_ZONES, Zns, Zrwa};
 pub use permit::{Completion, Events, ExclusivePermit, Pending, Prefix, ReadPermit, WritePermit};
 pub use slots::{MAX_SLOTS, SlotPool};
 pub use types::{
-    CloseEmpty, Condition, Counters, ExclusiveOp, Filter, Model, ZoneInfo, ZoneNo, ZoneRecord, ZoneType,
+    Attributes, CloseEmpty, Condition, Counters, ExclusiveOp, Filter, Model, Recommendation, ZoneInfo,
+    ZoneNo, ZoneRecord, ZoneType,
 };

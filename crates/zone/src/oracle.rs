@@ -4,8 +4,8 @@
 //! It is told which request is meant by a number that the caller chooses.
 
 use crate::{
-    CloseEmpty, Condition as C, ExclusiveOp, Geometry, Refused, Resources, ZoneError as E, ZoneInfo, ZoneNo,
-    ZoneRecord, ZoneType as T,
+    Attributes, CloseEmpty, Condition as C, ExclusiveOp, Geometry, Refused, Resources, ZoneError as E,
+    ZoneInfo, ZoneNo, ZoneRecord, ZoneType as T,
 };
 
 /// What the oracle says of a completed write.
@@ -549,6 +549,7 @@ impl Oracle {
             kind: g.zone_type(zone),
             condition: z.condition,
             counters: z.record.counters,
+            attributes: Attributes::default(),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use crate::engine::Engine;
-use crate::types::{Condition, Filter, ZoneInfo, ZoneNo, ZoneRecord};
+use crate::types::{Attributes, Condition, Filter, ZoneInfo, ZoneNo, ZoneRecord};
 
 impl Engine {
     /// What a report shows of one zone.
@@ -27,6 +27,7 @@ impl Engine {
             kind: self.geometry.zone_type(zone),
             condition,
             counters: z.counters(),
+            attributes: Attributes::default(),
         }
     }
 

@@ -128,6 +128,30 @@ pub struct ZoneInfo {
     pub condition: Condition,
     /// Its counters.
     pub counters: Counters,
+    /// What Zoned Namespaces tell of it besides.
+    pub attributes: Attributes,
+}
+
+/// The attributes of a zone (ZNS 1.2, Zone Descriptor, ZA).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub struct Attributes {
+    /// The device made the zone full by itself (ZFC).
+    pub finished_by_device: bool,
+    /// What the device would have the host do (FZR, RZR).
+    pub recommended: Option<Recommendation>,
+    /// The zone has a zone random write area (ZRWAV).
+    pub zrwa: bool,
+    /// The zone has a descriptor extension (ZDEV).
+    pub extension: bool,
+}
+
+/// What a device would have the host do with a zone, soon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Recommendation {
+    /// Finish it, or the device will.
+    Finish,
+    /// Reset it.
+    Reset,
 }
 
 /// What persists of a zone. The default is an empty zone.

@@ -12,7 +12,8 @@ use proptest::prelude::*;
 use zbdkit_zone::oracle::{Oracle, Verdict};
 use zbdkit_zone::{
     CloseEmpty, Completion, Condition, Engine, Events, ExclusiveOp, ExclusivePermit, Filter, Geometry,
-    GeometrySpec, Model, Pending, Prefix, ReadPermit, Refused, SlotPool, WritePermit, ZoneNo, ZoneRecord,
+    GeometrySpec, Model, Pending, Prefix, ReadPermit, Refused, SlotPool, WritePermit, Zns, ZoneNo,
+    ZoneRecord,
 };
 
 /// A step. Numbers are taken modulo what there is; lengths and distances are blocks.
@@ -482,6 +483,7 @@ fn geometry() -> impl Strategy<Value = Geometry> {
                     max_open,
                     max_active,
                     max_append: append * block,
+                    zns: Zns::NONE,
                 })
                 .expect("valid")
             },

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use zbdkit_io::{IoBuf, LocalBoxFuture};
 use zbdkit_spec::sidecar;
-use zbdkit_zone::{Geometry, GeometrySpec, Model};
+use zbdkit_zone::{Geometry, GeometrySpec, Model, Zns};
 
 use self::qcow2::FileChoice;
 use crate::device::Device;
@@ -562,5 +562,6 @@ fn geometry_of(tree: &mut Options, size: u64) -> Result<Geometry, OpenError> {
         max_append: tree
             .size("zone.max_append_bytes")?
             .unwrap_or(crate::create::default_append(zone_capacity)),
+        zns: Zns::NONE,
     })?)
 }

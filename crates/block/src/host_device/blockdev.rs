@@ -8,7 +8,7 @@ use zbdkit_spec::blkzoned::{
     CLOSE_ZONE, FINISH_ZONE, OPEN_ZONE, REPORT_CAPACITY, RESET_ZONE, SECTOR_SIZE, Zone, ZoneRange,
     zone_condition, zone_type,
 };
-use zbdkit_zone::{Condition, Counters, ZoneInfo, ZoneNo, ZoneType};
+use zbdkit_zone::{Attributes, Condition, Counters, ZoneInfo, ZoneNo, ZoneType};
 
 use super::drive::{Drive, DriveFacts};
 use super::ioctl;
@@ -89,7 +89,12 @@ impl Drive for BlockDrive {
                 ZoneOp::Close(_) => ("zone close", CLOSE_ZONE),
                 ZoneOp::Finish | ZoneOp::FinishUnlimited => ("zone finish", FINISH_ZONE),
                 ZoneOp::Reset => ("zone reset", RESET_ZONE),
-                ZoneOp::SetReadOnly | ZoneOp::SetOffline | ZoneOp::SetNormal => {
+                ZoneOp::OpenZrwa => return Err(Error::NotSupported("a zone random write area")),
+                ZoneOp::SetReadOnly
+                | ZoneOp::SetOffline
+                | ZoneOp::SetNormal
+                | ZoneOp::FinishByDevice
+                | ZoneOp::Recommend(_) => {
                     return Err(Error::NotSupported("setting a zone's condition"));
                 }
             };
@@ -149,6 +154,7 @@ pub(super) fn zone_info(zone: &Zone, flags: u32, zone_size: u64) -> Option<ZoneI
         kind,
         condition,
         counters: Counters::default(),
+        attributes: Attributes::default(),
     })
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use zbdkit_io::{File, IoBuf};
 use zbdkit_zone::rules::{Appends, blocks};
-use zbdkit_zone::{Condition, Filter, Geometry, GeometrySpec, ZoneError, ZoneInfo, ZoneNo, ZoneType};
+use zbdkit_zone::{Condition, Filter, Geometry, GeometrySpec, Zns, ZoneError, ZoneInfo, ZoneNo, ZoneType};
 
 use super::drive::Drive;
 use super::line::Lines;
@@ -61,6 +61,7 @@ impl HostDeviceNode {
                 0 => crate::create::default_append(limits.zone_size),
                 max => max,
             },
+            zns: Zns::NONE,
         });
         let geometry = geometry.map_err(|error| OpenError::data(path, error.to_string()))?;
         if zones.len() != geometry.nr_zones() as usize {
@@ -130,7 +131,7 @@ impl HostDeviceNode {
     async fn manage(&self, op: ZoneOp, zone_start: u64) -> Result<(), Error> {
         let zone = self.geometry.zone_at(zone_start)?;
         let kind = self.lines.kind(zone);
-        if kind == ZoneType::Conventional && !is_operators(op) {
+        if kind == ZoneType::Conventional && !op.is_operators() {
             return Err(ZoneError::Conventional { zone }.into());
         }
         let turn = match kind {
@@ -250,11 +251,6 @@ async fn all_zones(drive: &dyn Drive) -> Result<Vec<ZoneInfo>, OpenError> {
         }
     }
     Ok(zones)
-}
-
-/// What only an operator does, with whatever zone.
-fn is_operators(op: ZoneOp) -> bool {
-    matches!(op, ZoneOp::SetReadOnly | ZoneOp::SetOffline | ZoneOp::SetNormal)
 }
 
 impl Node for HostDeviceNode {

@@ -169,7 +169,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 
 #[cfg(test)]
 mod tests {
-    use zbdkit_zone::{GeometrySpec, Model};
+    use zbdkit_zone::{GeometrySpec, Model, Zns};
 
     use super::*;
 
@@ -186,6 +186,7 @@ mod tests {
             max_open: 0,
             max_active: 0,
             max_append: 0,
+            zns: Zns::NONE,
         };
         Arc::new(Ahead::new(Geometry::new(spec).unwrap(), 65536))
     }

@@ -8,7 +8,7 @@ use zbdkit_spec::qcow2::{
     EXT_ZONED, INCOMPAT_ZONE_STATES, INCOMPAT_ZONED, ZONED_HOST_AWARE, ZONED_HOST_MANAGED, ZONED_MAX_ZONES,
     ZONED_NONE, ZonedA, ZonedB, ZonedC, ZonedV7,
 };
-use zbdkit_zone::{Geometry, GeometryError, GeometrySpec, Model};
+use zbdkit_zone::{Geometry, GeometryError, GeometrySpec, Model, Zns};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Which draft an extension was written by.
@@ -252,6 +252,7 @@ impl Zones {
             max_open: self.max_open,
             max_active: self.max_active,
             max_append,
+            zns: Zns::NONE,
         })
     }
 

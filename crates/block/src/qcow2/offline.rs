@@ -370,7 +370,7 @@ fn resized(old: &Geometry, mut records: Records, size: u64) -> Result<Known, Str
 
 #[cfg(test)]
 mod tests {
-    use zbdkit_zone::{Model, ZoneRecord};
+    use zbdkit_zone::{Model, Zns, ZoneRecord};
 
     use super::*;
 
@@ -387,6 +387,7 @@ mod tests {
             max_open: 2,
             max_active: 3,
             max_append: 0,
+            zns: Zns::NONE,
         })
         .unwrap()
     }

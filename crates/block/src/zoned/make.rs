@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use zbdkit_io::File;
 use zbdkit_spec::sidecar::{Header, MAGIC, VERSION};
-use zbdkit_zone::{Geometry, GeometrySpec, Model, ZoneRecord};
+use zbdkit_zone::{Geometry, GeometrySpec, Model, Zns, ZoneRecord};
 use zerocopy::FromZeros;
 
 use super::place::{Place, host_error};
@@ -102,6 +102,7 @@ pub fn spec_of(header: &Header) -> Result<GeometrySpec, u8> {
         max_open: header.max_open.get(),
         max_active: header.max_active.get(),
         max_append: header.max_append.get(),
+        zns: Zns::NONE,
     })
 }
 

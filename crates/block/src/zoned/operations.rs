@@ -152,6 +152,8 @@ impl ZonedNode {
             ZoneOp::SetReadOnly => self.exclusive(zone, ExclusiveOp::SetReadOnly).await,
             ZoneOp::SetOffline => self.exclusive(zone, ExclusiveOp::SetOffline).await,
             ZoneOp::SetNormal => self.exclusive(zone, ExclusiveOp::SetNormal).await,
+            ZoneOp::OpenZrwa => Err(Error::NotSupported("a zone random write area")),
+            ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => Err(Error::NotSupported("zone attributes")),
         }
     }
 

@@ -11,7 +11,8 @@ use zbdkit_block::{CrossZone, Error, Lane, Limits, Node, Request as Answer, Zone
 use zbdkit_io::IoBuf;
 use zbdkit_zone::rules::{Appends, Writable};
 use zbdkit_zone::{
-    Condition, Counters, Filter, Geometry, GeometrySpec, Model, ZoneError, ZoneInfo, ZoneNo, ZoneType,
+    Attributes, Condition, Counters, Filter, Geometry, GeometrySpec, Model, Zns, ZoneError, ZoneInfo, ZoneNo,
+    ZoneType,
 };
 
 use super::error::ClientError;
@@ -61,6 +62,7 @@ impl DoorNode {
             max_open: config.max_open_zones,
             max_active: config.max_active_zones,
             max_append: u64::from(config.max_append_sectors) * SECTOR,
+            zns: Zns::NONE,
         });
         let geometry = geometry.map_err(|error| ClientError::Report(error.to_string()))?;
         let mut limits = Limits::plain(geometry.size(), config.blk_size, false);
@@ -128,6 +130,7 @@ impl DoorNode {
             },
             condition,
             counters: Counters::default(),
+            attributes: Attributes::default(),
         }
     }
 
@@ -347,7 +350,12 @@ impl Node for DoorNode {
                 ZoneOp::Close(_) => Request::ZoneClose(sector),
                 ZoneOp::Finish | ZoneOp::FinishUnlimited => Request::ZoneFinish(sector),
                 ZoneOp::Reset => Request::ZoneReset(sector),
-                ZoneOp::SetReadOnly | ZoneOp::SetOffline | ZoneOp::SetNormal => {
+                ZoneOp::OpenZrwa => return Err(Error::NotSupported("a zone random write area")),
+                ZoneOp::SetReadOnly
+                | ZoneOp::SetOffline
+                | ZoneOp::SetNormal
+                | ZoneOp::FinishByDevice
+                | ZoneOp::Recommend(_) => {
                     return Err(Error::NotSupported("setting a zone's condition"));
                 }
             };

@@ -17,7 +17,7 @@ use zbdkit_block::{Device, Error, Graph, Host, Lane, OpenOptions, OsHost, tool};
 use zbdkit_io::{Backend, IoBuf, Runtime, RuntimeOptions, yield_now};
 use zbdkit_testkit::conformance;
 use zbdkit_testkit::drive::FakeDrive;
-use zbdkit_zone::{GeometrySpec, Model, ZoneNo};
+use zbdkit_zone::{GeometrySpec, Model, Zns, ZoneNo};
 
 const BLOCK: u64 = 4096;
 const ZONE: u64 = 1 << 20;
@@ -33,6 +33,7 @@ const SPEC: GeometrySpec = GeometrySpec {
     max_open: 3,
     max_active: 4,
     max_append: 64 << 10,
+    zns: Zns::NONE,
 };
 
 /// The first sequential zone, and the one after it.

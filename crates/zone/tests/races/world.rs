@@ -7,7 +7,7 @@ use shuttle::sync::{Condvar, Mutex};
 use shuttle::{Config, Runner, thread};
 use zbdkit_zone::{
     Completion, Condition, Engine, Events, ExclusiveOp, ExclusivePermit, Geometry, GeometrySpec, Model,
-    Refused, SlotPool, WritePermit, ZoneError, ZoneNo, ZoneRecord,
+    Refused, SlotPool, WritePermit, Zns, ZoneError, ZoneNo, ZoneRecord,
 };
 
 pub const BLOCK: u64 = 512;
@@ -97,6 +97,7 @@ impl World {
             max_open: 0,
             max_active: 0,
             max_append: ZONE * BLOCK,
+            zns: Zns::NONE,
         };
         change(&mut spec);
         let engine =

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 
 use zbdkit_zone::{
     Completion, Condition, Engine, Events, ExclusiveOp, Geometry, GeometrySpec, Model, Pending, Prefix,
-    Refused, SlotPool, WritePermit, ZoneError, ZoneNo, ZoneRecord,
+    Refused, SlotPool, WritePermit, Zns, ZoneError, ZoneNo, ZoneRecord,
 };
 
 pub const BLOCK: u64 = 512;
@@ -26,6 +26,7 @@ pub const SPEC: GeometrySpec = GeometrySpec {
     max_open: 0,
     max_active: 0,
     max_append: 4 * BLOCK,
+    zns: Zns::NONE,
 };
 
 pub const Z2: ZoneNo = ZoneNo(2);

@@ -148,7 +148,8 @@ impl Drive for NvmeDrive {
             ZoneOp::Reset => ("zone reset", SendAction::RESET),
             // The drive does it to read-only zones.
             ZoneOp::SetOffline => ("zone offline", SendAction::OFFLINE),
-            ZoneOp::SetReadOnly | ZoneOp::SetNormal => {
+            ZoneOp::OpenZrwa => return Box::pin(self.open_with_zrwa(zone_start)),
+            ZoneOp::SetReadOnly | ZoneOp::SetNormal | ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => {
                 return Box::pin(async { Err(Error::NotSupported("setting a zone's condition")) });
             }
         };

@@ -1,7 +1,7 @@
 //! Zone reports of a namespace, made sense of.
 
-use zbdkit_spec::nvme::zns::{ReportHeader, ZoneDescriptor, ZoneState, ZoneType};
-use zbdkit_zone::{Condition, Counters, ZoneInfo, ZoneNo, ZoneType as Kind};
+use zbdkit_spec::nvme::zns::{self, ReportHeader, ZoneDescriptor, ZoneState, ZoneType};
+use zbdkit_zone::{Attributes, Condition, Counters, Recommendation, ZoneInfo, ZoneNo, ZoneType as Kind};
 use zerocopy::FromBytes;
 
 use super::facts::NamespaceFacts;
@@ -73,7 +73,22 @@ fn info(zone: &ZoneDescriptor, number: u32, facts: &NamespaceFacts) -> Option<Zo
         kind: Kind::SequentialRequired,
         condition,
         counters: Counters::default(),
+        attributes: attributes(zone.za),
     })
+}
+
+fn attributes(za: u8) -> Attributes {
+    let za = zns::Attributes::from_bits(za);
+    Attributes {
+        finished_by_device: za.zfc(),
+        recommended: match (za.rzr(), za.fzr()) {
+            (true, _) => Some(Recommendation::Reset),
+            (false, true) => Some(Recommendation::Finish),
+            (false, false) => None,
+        },
+        zrwa: za.zrwav(),
+        extension: za.zdev(),
+    }
 }
 
 #[cfg(test)]

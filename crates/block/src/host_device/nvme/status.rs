@@ -1,7 +1,7 @@
 //! What a drive's status means.
 
 use zbdkit_spec::nvme::Status;
-use zbdkit_zone::{Condition, Counters, ZoneError, ZoneInfo, ZoneNo, ZoneType};
+use zbdkit_zone::{Attributes, Condition, Counters, ZoneError, ZoneInfo, ZoneNo, ZoneType};
 
 use super::facts::NamespaceFacts;
 use crate::error::Error;
@@ -115,6 +115,7 @@ fn unknown(offset: u64, facts: &NamespaceFacts) -> ZoneInfo {
         kind: ZoneType::SequentialRequired,
         condition: Condition::Empty,
         counters: Counters::default(),
+        attributes: Attributes::default(),
     }
 }
 
@@ -137,6 +138,12 @@ mod tests {
             resets: 0,
             finishes: 0,
             bytes_written: 0,
+        },
+        attributes: Attributes {
+            finished_by_device: false,
+            recommended: None,
+            zrwa: false,
+            extension: false,
         },
     };
 

@@ -105,7 +105,14 @@ impl Drive for ScsiDrive {
             ZoneOp::Close(_) => ("zone close", ZoneOut::CLOSE_ZONE),
             ZoneOp::Finish | ZoneOp::FinishUnlimited => ("zone finish", ZoneOut::FINISH_ZONE),
             ZoneOp::Reset => ("zone reset", ZoneOut::RESET_WRITE_POINTER),
-            ZoneOp::SetReadOnly | ZoneOp::SetOffline | ZoneOp::SetNormal => {
+            ZoneOp::OpenZrwa => {
+                return Box::pin(async { Err(Error::NotSupported("a zone random write area")) });
+            }
+            ZoneOp::SetReadOnly
+            | ZoneOp::SetOffline
+            | ZoneOp::SetNormal
+            | ZoneOp::FinishByDevice
+            | ZoneOp::Recommend(_) => {
                 return Box::pin(async { Err(Error::NotSupported("setting a zone's condition")) });
             }
         };

@@ -1,7 +1,7 @@
 //! Zone reports of a SCSI disk, made sense of.
 
 use zbdkit_spec::scsi::{ReportHeader, ZoneCondition, ZoneDescriptor, ZoneType};
-use zbdkit_zone::{Condition, Counters, ZoneInfo, ZoneNo, ZoneType as Kind};
+use zbdkit_zone::{Attributes, Condition, Counters, ZoneInfo, ZoneNo, ZoneType as Kind};
 use zerocopy::FromBytes;
 
 /// What positions of a disk are given in. Bytes.
@@ -68,6 +68,7 @@ fn info(zone: &ZoneDescriptor, place: Place) -> Option<ZoneInfo> {
         kind,
         condition,
         counters: Counters::default(),
+        attributes: Attributes::default(),
     })
 }
 

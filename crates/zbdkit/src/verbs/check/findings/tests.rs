@@ -1,5 +1,5 @@
 use zbdkit_block::host_device::sysfs::ZoneFacts;
-use zbdkit_zone::{Geometry, GeometrySpec, Model};
+use zbdkit_zone::{Geometry, GeometrySpec, Model, Zns};
 
 use super::*;
 
@@ -13,6 +13,7 @@ const SPEC: GeometrySpec = GeometrySpec {
     max_open: 6,
     max_active: 8,
     max_append: 64 << 10,
+    zns: Zns::NONE,
 };
 
 fn limits(spec: GeometrySpec) -> Limits {
