@@ -9,7 +9,7 @@ use zbdkit_zone::{Engine, Filter, ZoneInfo, ZoneNo, ZoneRecord};
 
 use crate::error::Error;
 use crate::limits::Limits;
-use crate::node::{Access, CrossZone, Lane, MapExtent, Node, ZoneOp};
+use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Watcher, ZoneOp};
 use crate::qcow2::{BackingImage, Qcow2Node};
 use crate::zoned::{ImageStatus, ZonedNode};
 
@@ -264,12 +264,27 @@ impl Device {
         }
     }
 
+    /// Keeps the bytes of a zone's descriptor extension, durably, before [`Device::restore`] installs the record that speaks of
+    /// them. No record may speak of another one of the zone.
+    pub(crate) async fn keep_extension(&self, zone: ZoneNo, extension: &[u8]) -> Result<(), Error> {
+        match &self.root {
+            Root::Zoned(node) => node.keep_extension(zone, extension).await,
+            Root::Other(_) => Err(Error::NotSupported("zone descriptor extensions")),
+        }
+    }
+
     /// The node that holds the bytes whatever the zones say of them; the root itself without zones.
     pub(crate) fn below(&self) -> &dyn Node {
         match &self.root {
             Root::Zoned(node) => node.child(),
             Root::Other(node) => &**node,
         }
+    }
+
+    /// Has `watcher` told of each zone that an operator changes (read-only, offline, finished by the device, recommended):
+    /// what no request of a door's own says. See [`Node::watch`].
+    pub fn watch(&self, watcher: Watcher) {
+        self.node().watch(watcher);
     }
 
     /// Closes cleanly. No request may be in flight; requests through other clones fail from now on or are lost.
