@@ -7,7 +7,7 @@ use zbdkit_block::{CrossZone, Device, Error, Lane};
 use zbdkit_io::{IoBuf, yield_now};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::{Csi, MIN_PAGE_BYTES};
-use zbdkit_zone::Model;
+use zbdkit_zone::{Model, Zrwa};
 
 use crate::command::Blocks;
 use crate::status::{Failure, Kind, failure};
@@ -40,6 +40,11 @@ pub enum NamespaceError {
         "its zone append limit is {0} bytes: a namespace's is a power of two of at least 8192 (ZNS 1.2, 4.1.5.2)"
     )]
     AppendLimit(u64),
+    /// The size or the granularity of random write areas has no place in Identify.
+    #[error(
+        "its random write areas are of {0} blocks: those of a namespace have at most 65535 (ZNS 1.2, 4.1.5.1)"
+    )]
+    RandomWriteArea(u64),
 }
 
 /// The zones of a namespace.
@@ -57,6 +62,10 @@ pub struct Zones {
     pub max_append: u64,
     /// Reads may cross their borders.
     pub read_across: bool,
+    /// Their random write areas, if they have such.
+    pub zrwa: Option<Zrwa>,
+    /// Bytes of a descriptor extension, 0 without.
+    pub extension_size: u32,
 }
 
 /// A namespace. Shared by all controllers of its subsystem.
@@ -94,8 +103,16 @@ impl Namespace {
                 max_active: geometry.max_active(),
                 max_append: geometry.max_append(),
                 read_across: options.read_across_zones,
+                zrwa: geometry.zrwa(),
+                extension_size: geometry.extension_size(),
             }),
         };
+        if let Some(zrwa) = zones.and_then(|zones| zones.zrwa) {
+            let blocks = zrwa.size.max(zrwa.granularity) / u64::from(limits.block_size);
+            if blocks > u16::MAX.into() {
+                return Err(NamespaceError::RandomWriteArea(blocks));
+            }
+        }
         Ok(Namespace {
             shift: limits.block_size.ilog2(),
             // A short last zone is shown at full size, with a smaller capacity.
