@@ -1,9 +1,10 @@
 //! A namespace: a device of the block graph in logical blocks.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
-use zbdkit_block::{CrossZone, Device, Error, Lane};
+use zbdkit_block::{CrossZone, Device, Error, Lane, ZoneOp};
 use zbdkit_io::{IoBuf, yield_now};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::{Csi, MIN_PAGE_BYTES};
@@ -76,6 +77,8 @@ pub struct Namespace {
     uuid: Option<Uuid>,
     zones: Option<Zones>,
     formatting: AtomicBool,
+    /// Zones, by their first bytes, that a host's command takes offline: what hosts need not be told.
+    own_changes: Mutex<Vec<u64>>,
 }
 
 impl Namespace {
@@ -120,6 +123,7 @@ impl Namespace {
             uuid: options.uuid,
             zones,
             formatting: AtomicBool::new(false),
+            own_changes: Mutex::default(),
             device,
         })
     }
@@ -169,6 +173,26 @@ impl Namespace {
 
     pub(crate) fn end_format(&self) {
         self.formatting.store(false, Ordering::Release);
+    }
+
+    /// Takes the zone that starts at this byte offline on behalf of a host.
+    pub(crate) async fn set_offline(&self, lane: &Lane, start: u64) -> Result<(), Failure> {
+        self.own_changes().push(start);
+        let result = self.device.zone_op(lane, ZoneOp::SetOffline, start).await;
+        let mut own = self.own_changes();
+        if let Some(at) = own.iter().position(|zone| *zone == start) {
+            own.swap_remove(at);
+        }
+        result.map_err(|error| failure(&error, Kind::Manage))
+    }
+
+    /// Whether [`Namespace::set_offline`] is what changes a zone.
+    pub(crate) fn changes_itself(&self, start: u64) -> bool {
+        self.own_changes().contains(&start)
+    }
+
+    fn own_changes(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.own_changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether commands can be carried out now.

@@ -114,15 +114,15 @@ pub(crate) async fn format(namespace: &Namespace, lane: &Lane) -> Result<(), Fai
     let device = &namespace.device;
     let result = device.reset_all(lane).await;
     result.map_err(|error| failure(&error, Kind::Write))?;
-    set_offline(device, lane).await
+    set_offline(namespace, lane).await
 }
 
 /// Takes all read-only zones offline.
-async fn set_offline(device: &Device, lane: &Lane) -> Result<(), Failure> {
-    let mut scan = Scan::new(device, 0);
+async fn set_offline(namespace: &Namespace, lane: &Lane) -> Result<(), Failure> {
+    let mut scan = Scan::new(&namespace.device, 0);
     while let Some(batch) = scan.next().await? {
         for zone in batch.iter().filter(|zone| zone.condition == Condition::ReadOnly) {
-            manage(device, lane, ZoneOp::SetOffline, zone.start).await?;
+            namespace.set_offline(lane, zone.start).await?;
         }
     }
     Ok(())

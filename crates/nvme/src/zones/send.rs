@@ -55,7 +55,9 @@ impl<T: Transfer> Request<'_, T> {
             },
             SendAction::OFFLINE => match condition(&namespace.device, start).await? {
                 Condition::Offline => return Ok(0),
-                Condition::ReadOnly => ZoneOp::SetOffline,
+                Condition::ReadOnly => {
+                    return namespace.set_offline(lane, start).await.map(|()| 0);
+                }
                 _ => return Err(Status::INVALID_ZONE_STATE_TRANSITION.into()),
             },
             SendAction::SET_DESCRIPTOR_EXTENSION => {
@@ -111,7 +113,7 @@ impl<T: Transfer> Request<'_, T> {
                 ZoneOp::FinishUnlimited,
                 &[C::ImplicitlyOpen, C::ExplicitlyOpen, C::Closed],
             ),
-            SendAction::OFFLINE => return set_offline(device, lane).await.map(|()| 0),
+            SendAction::OFFLINE => return set_offline(namespace, lane).await.map(|()| 0),
             _ => return Err(Status::INVALID_FIELD.into()),
         };
         let mut scan = Scan::new(device, 0);
