@@ -197,6 +197,43 @@ impl Node for RawNode {
         })
     }
 
+    fn commit_zrwa<'a>(&'a self, end: u64) -> Request<'a, ()> {
+        Box::pin(async move {
+            let size = self.limits.size;
+            if self.limits.zoned.is_none() {
+                return Err(Error::NotSupported("a zone random write area"));
+            }
+            if end == 0 || end > size {
+                return Err(Error::OutOfRange {
+                    offset: end,
+                    len: 0,
+                    size,
+                });
+            }
+            let done = self.child.commit_zrwa(self.offset + end).await;
+            done.map_err(|error| self.here(error))
+        })
+    }
+
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
+        Box::pin(async move {
+            self.zone_at(zone_start)?;
+            let done = self
+                .child
+                .set_extension(self.offset + zone_start, extension)
+                .await;
+            done.map_err(|error| self.here(error))
+        })
+    }
+
+    fn extension<'a>(&'a self, zone_start: u64) -> Request<'a, Option<Vec<u8>>> {
+        Box::pin(async move {
+            self.zone_at(zone_start)?;
+            let found = self.child.extension(self.offset + zone_start).await;
+            found.map_err(|error| self.here(error))
+        })
+    }
+
     fn reset_all<'a>(&'a self) -> Request<'a, ()> {
         if self.offset == 0 && self.limits.size == self.child.limits().size {
             return self.child.reset_all();

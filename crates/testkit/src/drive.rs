@@ -108,6 +108,7 @@ impl FakeDrive {
                     max_append: spec.max_append,
                     write_granularity: spec.block_size,
                 },
+                zns: spec.zns,
             },
             file: File::custom(Arc::new(Bytes(disk.clone()))),
             disk,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use zbdkit_io::{File, IoBuf};
 use zbdkit_zone::rules::{Appends, blocks};
-use zbdkit_zone::{Condition, Filter, Geometry, GeometrySpec, Zns, ZoneError, ZoneInfo, ZoneNo, ZoneType};
+use zbdkit_zone::{Condition, Filter, Geometry, GeometrySpec, ZoneError, ZoneInfo, ZoneNo, ZoneType};
 
 use super::drive::Drive;
 use super::line::Lines;
@@ -61,7 +61,7 @@ impl HostDeviceNode {
                 0 => crate::create::default_append(limits.zone_size),
                 max => max,
             },
-            zns: Zns::NONE,
+            zns: facts.zns,
         });
         let geometry = geometry.map_err(|error| OpenError::data(path, error.to_string()))?;
         if zones.len() != geometry.nr_zones() as usize {
@@ -143,7 +143,7 @@ impl HostDeviceNode {
         if let Some(turn) = &turn {
             match (&result, op) {
                 (Ok(()), ZoneOp::Reset) => turn.became(Condition::Empty),
-                (Ok(()), ZoneOp::Finish) => turn.became(Condition::Full),
+                (Ok(()), ZoneOp::Finish | ZoneOp::FinishUnlimited) => turn.became(Condition::Full),
                 _ => turn.forget(),
             }
         }
@@ -174,6 +174,46 @@ impl HostDeviceNode {
                 Err(ZoneError::InvalidTransition { zone, condition }.into())
             }
             _ => Err(failure),
+        }
+    }
+
+    /// The pointer moves over the writes that came before.
+    async fn commit(&self, end: u64) -> Result<(), Error> {
+        // The end of one zone is the start of the next.
+        let last = end.checked_sub(u64::from(self.limits.block_size));
+        let last = last
+            .filter(|last| *last < self.limits.size)
+            .ok_or(Error::OutOfRange {
+                offset: end,
+                len: 0,
+                size: self.limits.size,
+            })?;
+        blocks(end, u64::from(self.limits.block_size), self.limits.block_size)?;
+        let zone = self.geometry.zone_of(last);
+        if self.lines.kind(zone) != ZoneType::SequentialRequired {
+            return Err(ZoneError::NotSequentialRequired { zone }.into());
+        }
+        let turn = self.lines.turn(zone).await;
+        let result = self.drive.commit_zrwa(end).await;
+        // It may be full now, and have lost its area.
+        turn.forget();
+        match result {
+            Err(Error::Io { op, errno }) => Err(self.reason(op, errno, zone, true).await),
+            result => result,
+        }
+    }
+
+    async fn attach_extension(&self, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
+        let zone = self.geometry.zone_at(zone_start)?;
+        if self.lines.kind(zone) != ZoneType::SequentialRequired {
+            return Err(ZoneError::NotSequentialRequired { zone }.into());
+        }
+        let turn = self.lines.turn(zone).await;
+        let result = self.drive.set_extension(zone_start, extension).await;
+        turn.forget();
+        match result {
+            Err(Error::Io { op, errno }) => Err(self.reason(op, errno, zone, true).await),
+            result => result,
         }
     }
 
@@ -335,6 +375,21 @@ impl Node for HostDeviceNode {
 
     fn zone_op<'a>(&'a self, op: ZoneOp, zone_start: u64) -> Request<'a, ()> {
         Box::pin(self.manage(op, zone_start))
+    }
+
+    fn commit_zrwa<'a>(&'a self, end: u64) -> Request<'a, ()> {
+        Box::pin(self.commit(end))
+    }
+
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
+        Box::pin(self.attach_extension(zone_start, extension))
+    }
+
+    fn extension<'a>(&'a self, zone_start: u64) -> Request<'a, Option<Vec<u8>>> {
+        Box::pin(async move {
+            self.geometry.zone_at(zone_start)?;
+            self.drive.extension(zone_start).await
+        })
     }
 
     fn reset_all<'a>(&'a self) -> Request<'a, ()> {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use zbdkit_io::File;
+use zbdkit_zone::Zns;
 
 use super::blockdev::BlockDrive;
 use super::drive::{Drive, DriveFacts};
@@ -87,6 +88,8 @@ impl HostDevice {
             block_size: facts.logical_block_size,
             read_only: self.read_only,
             zones,
+            // The kernel's block layer does not know them.
+            zns: Zns::NONE,
         };
         let drive: Arc<dyn Drive> = match facts.zones_by_command {
             true => Arc::new(ScsiDrive::new(about, file)),

@@ -108,12 +108,11 @@ impl Drive for ScsiDrive {
             ZoneOp::OpenZrwa => {
                 return Box::pin(async { Err(Error::NotSupported("a zone random write area")) });
             }
-            ZoneOp::SetReadOnly
-            | ZoneOp::SetOffline
-            | ZoneOp::SetNormal
-            | ZoneOp::FinishByDevice
-            | ZoneOp::Recommend(_) => {
+            ZoneOp::SetReadOnly | ZoneOp::SetOffline | ZoneOp::SetNormal => {
                 return Box::pin(async { Err(Error::NotSupported("setting a zone's condition")) });
+            }
+            ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => {
+                return Box::pin(async { Err(Error::NotSupported("setting a zone's attributes")) });
             }
         };
         Box::pin(self.manage(name, action, Some(zone_start)))
