@@ -1,7 +1,6 @@
 //! Opening a block device: what is refused, and in which words.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -44,12 +43,7 @@ pub fn block_facts(host: &dyn Host, path: &Path) -> io::Result<Option<BlockFacts
         return Ok(None);
     };
     let mut facts = Sysfs::default().device(number)?;
-    if scsi::may_hide_zones(&facts)
-        && let Ok(disk) = std::fs::File::open(path)
-    {
-        facts.zones = scsi::zone_facts(disk.as_fd(), &facts)?;
-        facts.zones_by_command = facts.zones.is_some();
-    }
+    scsi::ask(path, &mut facts)?;
     Ok(Some(facts))
 }
 
