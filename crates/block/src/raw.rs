@@ -8,7 +8,7 @@ use zbdkit_zone::{Condition, Filter, Geometry, GeometrySpec, ZoneInfo, ZoneNo, Z
 
 use crate::error::{Error, OpenError};
 use crate::limits::Limits;
-use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved, ZoneOp};
+use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved, Watcher, ZoneOp};
 
 /// `raw` over a child.
 pub struct RawNode {
@@ -200,10 +200,7 @@ impl Node for RawNode {
     fn commit_zrwa<'a>(&'a self, end: u64) -> Request<'a, ()> {
         Box::pin(async move {
             let size = self.limits.size;
-            if self.limits.zoned.is_none() {
-                return Err(Error::NotSupported("a zone random write area"));
-            }
-            if end == 0 || end > size {
+            if end > size {
                 return Err(Error::OutOfRange {
                     offset: end,
                     len: 0,
@@ -218,11 +215,11 @@ impl Node for RawNode {
     fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
         Box::pin(async move {
             self.zone_at(zone_start)?;
-            let done = self
+            let set = self
                 .child
                 .set_extension(self.offset + zone_start, extension)
                 .await;
-            done.map_err(|error| self.here(error))
+            set.map_err(|error| self.here(error))
         })
     }
 
@@ -232,6 +229,21 @@ impl Node for RawNode {
             let found = self.child.extension(self.offset + zone_start).await;
             found.map_err(|error| self.here(error))
         })
+    }
+
+    /// Zones outside of the window are nobody's business here.
+    fn watch(&self, watcher: Watcher) {
+        let Some(window) = self.limits.zoned else { return };
+        let skipped = self.skipped();
+        self.child.watch(Arc::new(move |zone: ZoneNo| {
+            if let Some(zone) = zone
+                .0
+                .checked_sub(skipped)
+                .filter(|zone| *zone < window.nr_zones())
+            {
+                watcher(ZoneNo(zone));
+            }
+        }));
     }
 
     fn reset_all<'a>(&'a self) -> Request<'a, ()> {
