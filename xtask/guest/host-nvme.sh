@@ -47,7 +47,7 @@ expect "pointer of zone 1" 0 "$(pointer 1)"
 run command nvme zns zrwa-flush-zone "$zoned" --lba $((256 + 3))
 expect "pointer of zone 1" 4 "$(pointer 1)"
 run zbdkit io "$zoned" -c 'read -q -P 1 1M 4k' -c 'read -q -P 2 1028k 8k' -c 'read -q -P 3 1036k 4k'
-told "not at the write pointer" zbdkit io "$zoned" -c 'write -q 1M 4k'
+told "does not lie in the random write area" zbdkit io "$zoned" -c 'write -q 1M 4k'
 told "has a random write area" zbdkit io "$zoned" -c 'zap 1M 4k'
 run command nvme zns open-zone --zrwaa -s $((2 * 256)) "$zoned"
 run zbdkit io "$zoned" -c 'write -q 2064k 4k' -c 'write -q 2M 16k' -c 'zcm 2064k'

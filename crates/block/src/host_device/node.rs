@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use zbdkit_io::{File, IoBuf};
 use zbdkit_zone::rules::{Appends, blocks};
-use zbdkit_zone::{Condition, Filter, Geometry, GeometrySpec, ZoneError, ZoneInfo, ZoneNo, ZoneType};
+use zbdkit_zone::{Condition, Filter, Geometry, GeometrySpec, Zns, ZoneError, ZoneInfo, ZoneNo, ZoneType};
 
 use super::drive::Drive;
 use super::line::Lines;
@@ -43,7 +43,7 @@ impl HostDeviceNode {
         let nr_conventional = conventional.count() as u32;
         let sequential = zones.get(nr_conventional as usize);
         let limits = &facts.zones;
-        let geometry = Geometry::new(GeometrySpec {
+        let spec = GeometrySpec {
             model: limits.model,
             size: facts.size,
             zone_size: limits.zone_size,
@@ -62,6 +62,17 @@ impl HostDeviceNode {
                 max => max,
             },
             zns: facts.zns,
+        };
+        // A drive whose areas make no sense is of use without them.
+        let geometry = Geometry::new(spec).or_else(|error| match spec.zns.zrwa {
+            Some(_) => Geometry::new(GeometrySpec {
+                zns: Zns {
+                    zrwa: None,
+                    ..spec.zns
+                },
+                ..spec
+            }),
+            None => Err(error),
         });
         let geometry = geometry.map_err(|error| OpenError::data(path, error.to_string()))?;
         if zones.len() != geometry.nr_zones() as usize {
@@ -198,9 +209,39 @@ impl HostDeviceNode {
         // It may be full now, and have lost its area.
         turn.forget();
         match result {
-            Err(Error::Io { op, errno }) => Err(self.reason(op, errno, zone, true).await),
+            Err(Error::Io { op, errno }) => match self.misses_area(zone, end).await {
+                Some(rule) => Err(rule.into()),
+                None => Err(self.reason(op, errno, zone, true).await),
+            },
             result => result,
         }
+    }
+
+    /// The rule that a commit breaks, where a drive only says that something is wrong.
+    async fn misses_area(&self, zone: ZoneNo, end: u64) -> Option<ZoneError> {
+        let info = self.lines.report(zone).await.ok()?;
+        if matches!(info.condition, Condition::ReadOnly | Condition::Offline) {
+            return None;
+        }
+        let Some(area) = self.geometry.zrwa().filter(|_| info.attributes.zrwa) else {
+            return Some(ZoneError::NotRandomWritable { zone });
+        };
+        let capacity = info.start + info.capacity;
+        let area_end = info.wp.saturating_add(area.size).min(capacity);
+        if end <= info.wp || end > area_end {
+            return Some(ZoneError::OutsideRandomWriteArea {
+                zone,
+                offset: end,
+                len: 0,
+                start: info.wp,
+                end: area_end,
+            });
+        }
+        ((end - info.start) % area.granularity != 0 && end != capacity).then_some(ZoneError::Unaligned {
+            offset: end,
+            len: 0,
+            granularity: u32::try_from(area.granularity).unwrap_or(u32::MAX),
+        })
     }
 
     async fn attach_extension(&self, zone_start: u64, extension: &[u8]) -> Result<(), Error> {

@@ -112,10 +112,17 @@ fn an_area_is_written_in_any_order_and_committed() {
         it.commit(START + 2 * ZRWA_GRANULARITY * BLOCK).await.unwrap();
         let wp = START + 2 * ZRWA_GRANULARITY * BLOCK;
         assert_eq!(it.zone(NUMBER).await.wp, wp);
-        let offset = START + BLOCK;
         let zone = ZoneNo(NUMBER as u32);
-        let expected = ZoneError::NotAtWritePointer { zone, offset, wp };
-        assert_eq!(broken(it.write(offset, BLOCK, 1).await), expected);
+        for offset in [START + BLOCK, wp + 2 * AREA] {
+            let expected = ZoneError::OutsideRandomWriteArea {
+                zone,
+                offset,
+                len: BLOCK,
+                start: wp,
+                end: wp + 2 * AREA,
+            };
+            assert_eq!(broken(it.write(offset, BLOCK, 1).await), expected);
+        }
         assert_eq!(
             broken(it.append(START).await),
             ZoneError::RandomWriteArea { zone }
@@ -125,6 +132,36 @@ fn an_area_is_written_in_any_order_and_committed() {
         assert_eq!(it.zone(NUMBER).await.wp, wp + ZRWA_GRANULARITY * BLOCK);
         it.write(wp + ZRWA_GRANULARITY * BLOCK, BLOCK, 10).await.unwrap();
         it.device.flush(&it.lane).await.unwrap();
+    });
+}
+
+#[test]
+fn a_commit_lies_in_the_area_on_its_granularity() {
+    on_each(|drive| async move {
+        let it = below(drive).await;
+        let zone = ZoneNo(NUMBER as u32);
+        let none = ZoneError::NotRandomWritable { zone };
+        assert_eq!(broken(it.commit(START + 4 * BLOCK).await), none);
+        it.op(ZoneOp::OpenZrwa, NUMBER).await.unwrap();
+        it.write(START, 8 * BLOCK, 1).await.unwrap();
+        it.commit(START + 4 * BLOCK).await.unwrap();
+        let unaligned = broken(it.commit(START + 5 * BLOCK).await);
+        assert!(matches!(unaligned, ZoneError::Unaligned { .. }), "{unaligned}");
+        let wp = START + 4 * BLOCK;
+        for offset in [START + 4 * BLOCK, wp + AREA + ZRWA_GRANULARITY * BLOCK] {
+            let outside = ZoneError::OutsideRandomWriteArea {
+                zone,
+                offset,
+                len: 0,
+                start: wp,
+                end: wp + AREA,
+            };
+            assert_eq!(broken(it.commit(offset).await), outside);
+        }
+        assert!(it.commit(0).await.is_err() && it.commit(ZONES * ZONE + BLOCK).await.is_err());
+        assert_eq!(it.zone(NUMBER).await.wp, wp);
+        it.commit(wp + AREA).await.unwrap();
+        assert_eq!(it.zone(NUMBER).await.wp, wp + AREA);
     });
 }
 

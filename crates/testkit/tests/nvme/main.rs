@@ -387,7 +387,7 @@ fn a_random_write_area_is_overwritten_until_it_is_flushed() {
         assert_eq!(zone(&drive, 2).await.wp, at + 4 * BLOCK);
         assert!(matches!(
             write(&drive, at + BLOCK, BLOCK, 9).await,
-            Err(Error::Zone(ZoneError::NotAtWritePointer { .. }))
+            Err(Error::Zone(ZoneError::OutsideRandomWriteArea { .. }))
         ));
         assert_eq!(
             drive.append(data(BLOCK, 1), at).await.unwrap_err(),

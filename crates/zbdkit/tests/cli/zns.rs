@@ -1,6 +1,6 @@
 //! Random write areas, descriptor extensions and attributes, which only NVMe's Zoned Namespaces have.
 
-use crate::support::Bench;
+use crate::support::{Bench, Run};
 
 #[test]
 fn a_disk_without_areas_and_extensions_says_so() {
@@ -56,4 +56,158 @@ fn commands_of_areas_and_extensions_are_called_rightly_and_explained() {
         let help = bench.io(&[&format!("help {command}")]).ok();
         assert!(help.contains(example), "{help}");
     }
+}
+
+/// Zones of 1 MiB in memory; two may have an area of 64 KiB, granules of 16 KiB; extensions of 64 bytes.
+const DISK: &str = "driver=zoned,zone.size=1M,zone.zrwa_size=64k,zone.zrwa_granularity=16k,zone.max_zrwa=2,\
+                    zone.descr_ext_size=64,file.driver=memory,file.size=8M";
+
+fn on_disk(bench: &Bench, commands: &[&str]) -> Run {
+    let mut args = vec!["io", "--image-opts", DISK];
+    args.extend(commands.iter().flat_map(|command| ["-c", command]));
+    bench.run(&args)
+}
+
+#[test]
+fn an_area_is_written_in_any_order_and_committed() {
+    let bench = Bench::new();
+    let run = on_disk(
+        &bench,
+        &[
+            "zo -r 1M 1M",
+            "write -q -P 1 1072k 8k",
+            "write -q -P 2 1M 16k",
+            "write -q -P 3 1M 4k",
+            "zrp 1M 1",
+            "zcm 1040k",
+            "zrp 1M 1",
+            "read -q -P 3 1M 4k",
+            "read -q -P 1 1072k 8k",
+            "write 1M 4k",
+            "zap 1M 4k",
+            "zcm 1044k",
+            "zone_open 2M 1M -r",
+            "zo -r 3M 1M",
+            "zf 1M 1M",
+            "zo -r 3M 1M",
+        ],
+    );
+    let zone = |wp: u32, condition| {
+        format!("start: 0x800, len 0x800, cap 0x800, wptr {wp:#x}, zcond:{condition}, [type: 2]\n")
+    };
+    let failed = |what: &str, why: &str| format!("{what} failed: {why}\n");
+    let io = "Input/output error";
+    let expected = [
+        zone(0x800, 3),
+        zone(0x820, 3),
+        failed("write", io),
+        failed("zone append", io),
+        failed("zone commit", "Invalid argument"),
+        failed("zone open", io),
+    ];
+    assert_eq!(run.out, expected.concat(), "{run:?}");
+    let reasons: Vec<&str> = run.err.lines().collect();
+    for (reason, words) in reasons.iter().zip([
+        "does not lie in the random write area of zone 1",
+        "zone 1 has a random write area",
+        "is not whole blocks of 16384 bytes",
+        "no random write area is left for zone 3",
+    ]) {
+        assert!(reason.contains(words), "{reason} does not say {words}");
+    }
+    assert_eq!((reasons.len(), run.status), (4, Some(1)));
+}
+
+#[test]
+fn an_extension_comes_from_a_file_or_a_pattern_and_is_dumped_or_written_to_one() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("label"), b"volume 7").unwrap();
+    std::fs::write(bench.path("long"), [1; 65]).unwrap();
+    let run = on_disk(
+        &bench,
+        &[
+            "zse -f label 1M",
+            "zge 1M",
+            "zse -P 0x5a 2M",
+            "zge -f found 2M",
+            "zse 3M",
+            "zge -f default 3M",
+            "zge 0",
+            "zrp 1M 1",
+        ],
+    );
+    let row = |at: u32, bytes: &str, text: &str| format!("{at:08x}:  {bytes} {text}\n");
+    let zeros = "00 ".repeat(16);
+    let expected = [
+        row(
+            0,
+            "76 6f 6c 75 6d 65 20 37 00 00 00 00 00 00 00 00 ",
+            "volume.7........",
+        ),
+        row(16, &zeros, "................"),
+        row(32, &zeros, "................"),
+        row(48, &zeros, "................"),
+        "The zone has no descriptor extension\n".into(),
+        "start: 0x800, len 0x800, cap 0x800, wptr 0x800, zcond:4, [type: 2]\n".into(),
+    ];
+    assert_eq!(run.ok(), expected.concat());
+    assert_eq!(std::fs::read(bench.path("found")).unwrap(), [0x5a; 64]);
+    assert_eq!(std::fs::read(bench.path("default")).unwrap(), [0xcd; 64]);
+
+    let run = on_disk(&bench, &["zse -f long 1M", "zge -f none 1M", "zse 1M", "zse 1M"]);
+    let expected = "65 bytes do not fit into an extension, which has 64\n\
+                    The zone has no descriptor extension\n\
+                    zone set extension failed: Invalid argument\n";
+    assert_eq!((&*run.out, run.status), (expected, Some(1)), "{run:?}");
+    assert!(!bench.path("none").exists());
+}
+
+#[test]
+fn the_operator_sets_attributes_and_the_report_shows_them() {
+    let bench = Bench::with_demo();
+    bench.io(&["write -q 64M 4k", "write -q 128M 4k"]).ok();
+    for (zone, state, said) in [
+        (
+            "1",
+            "finished-by-device",
+            "zone 1 is full, finished by the device\n",
+        ),
+        (
+            "2",
+            "finish-recommended",
+            "zone 2 is recommended to be finished\n",
+        ),
+        ("1", "reset-recommended", "zone 1 is recommended to be reset\n"),
+    ] {
+        assert_eq!(
+            bench.run(&["set-zone", "disk.raw", "--zone", zone, state]).ok(),
+            said
+        );
+    }
+    let report = bench.run(&["report", "disk.raw", "-c", "4"]).ok();
+    let ends: Vec<&str> = report
+        .lines()
+        .map(|line| line.split_once(" [type").unwrap().1)
+        .collect();
+    let kind = ": 2(SEQ_WRITE_REQUIRED)]";
+    assert_eq!(
+        ends,
+        [
+            kind.to_owned(),
+            format!("{kind} [attributes: finished-by-device reset-recommended]"),
+            format!("{kind} [attributes: finish-recommended]"),
+            kind.to_owned(),
+        ]
+    );
+    let json = bench.json(&["report", "disk.raw", "--json"]);
+    assert_eq!(
+        json["zones"][1]["attributes"],
+        serde_json::json!({"finished_by_device": true, "recommended": "reset", "zrwa": false, "extension": false})
+    );
+    bench
+        .run(&["set-zone", "-q", "disk.raw", "--zone", "2", "no-recommendation"])
+        .ok();
+    bench.run(&["reset", "-q", "disk.raw", "--zone", "1"]).ok();
+    let report = bench.run(&["report", "disk.raw"]).ok();
+    assert!(!report.contains("attributes"), "{report}");
 }
