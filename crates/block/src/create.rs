@@ -36,7 +36,10 @@ pub struct ZnsOptions {
 impl ZnsOptions {
     /// What a device with blocks of that size has.
     pub fn zns(&self, block_size: u32) -> Zns {
-        let zrwa = self.zrwa_size.filter(|size| *size != 0).map(|size| Zrwa {
+        let size = self.zrwa_size.unwrap_or(0);
+        // Without a size these are refused, rather than left out in silence.
+        let asked = size != 0 || self.zrwa_granularity.is_some() || self.max_zrwa.is_some();
+        let zrwa = asked.then(|| Zrwa {
             size,
             granularity: self.zrwa_granularity.unwrap_or(block_size.into()),
             count: self.max_zrwa.unwrap_or(0),

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use support::{Rig, host, pattern};
+use zbdkit_block::tool::{self, CompareOptions, CopiedZones, CopyOptions, compare, copy};
 use zbdkit_block::{
     CreateOptions, Device, Error, Graph, OpenOptions, Qcow2CreateOptions, Repair, ZnsOptions, ZoneOp, check,
     create, create_qcow2, default_sidecar,
@@ -354,6 +355,92 @@ fn an_overlay_begins_with_the_areas_and_extensions_of_its_backing_image() {
     verify(&rig, &device);
     finish(&rig, &device);
     rig.close(device);
+}
+
+#[test]
+fn a_copy_keeps_areas_extensions_and_attributes() {
+    let rig = Rig::new();
+    let device = raw(&rig);
+    exercise(&rig, &device);
+    rig.close(device);
+    let source = rig.open_read_only("disk.raw");
+    let target = qcow2(&rig, "copy.qcow2");
+    let copied = rig.block_on(copy(&source, &target, &CopyOptions::default(), &|_, _| ()));
+    assert_eq!(copied.unwrap(), CopiedZones::Kept);
+    let options = CompareOptions {
+        strict: false,
+        zones: true,
+    };
+    let compared = rig
+        .block_on(compare(&source, &target, &options, &|_, _| ()))
+        .unwrap();
+    assert_eq!(compared.difference, None);
+    rig.close(target);
+    let target = rig.open("copy.qcow2");
+    verify(&rig, &target);
+    finish(&rig, &target);
+    rig.close(target);
+    rig.close(source);
+}
+
+#[test]
+fn a_copy_to_a_device_that_cannot_have_them_is_refused() {
+    let rig = Rig::new();
+    let device = memory(&rig);
+    exercise(&rig, &device);
+    let mut options = zones(rig.path("plain.raw"));
+    options.zns = ZnsOptions::default();
+    rig.block_on(create(&host(), &options)).unwrap();
+    let target = rig.open("plain.raw");
+    let copied = rig.block_on(copy(&device, &target, &CopyOptions::default(), &|_, _| ()));
+    let error = copied.unwrap_err().to_string();
+    assert!(error.contains("random write area that it cannot have"), "{error}");
+    rig.close(target);
+    rig.close(device);
+}
+
+#[test]
+fn a_commit_moves_areas_and_extensions_into_the_base() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "base.qcow2");
+    exercise(&rig, &device);
+    rig.close(device);
+    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
+    options.size = None;
+    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
+    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    let over = rig.open("over.qcow2");
+    rig.write(&over, Z1 + 9 * BLOCK, &pattern(8, BLOCK as usize));
+    rig.op(&over, ZoneOp::Reset, Z2).unwrap();
+    attach(&rig, &over, Z2, b"from above").unwrap();
+    rig.close(over);
+    // Each layer alone, without what is below it.
+    let over = rig
+        .try_open(
+            "over.qcow2",
+            OpenOptions {
+                read_only: true,
+                no_backing: true,
+                ..OpenOptions::default()
+            },
+        )
+        .unwrap_or_else(|error| panic!("{error}"));
+    let base = rig.open("base.qcow2");
+    rig.block_on(tool::commit(&[&over], &base, &|_, _| ())).unwrap();
+    rig.close(base);
+    let base = rig.open("base.qcow2");
+    assert_eq!(
+        rig.read(&base, Z1 + 9 * BLOCK, BLOCK as usize),
+        pattern(8, BLOCK as usize)
+    );
+    assert_eq!(
+        rig.read(&base, Z1 + 3 * BLOCK, BLOCK as usize),
+        pattern(1, BLOCK as usize)
+    );
+    assert_eq!(extension(&rig, &base, Z2), Some(whole(b"from above")));
+    finish(&rig, &base);
+    rig.close(base);
+    rig.close(over);
 }
 
 #[test]

@@ -396,6 +396,9 @@ pub enum GeometryError {
         /// The block size.
         block_size: u32,
     },
+    /// Random write areas of no size.
+    #[error("ZRWA size must not be 0 where a granularity or a number of ZRWAs is given")]
+    ZrwaSizeZero,
     /// The size of random write areas is not whole granules.
     #[error("ZRWA size {size} is not a multiple of the ZRWA granularity {granularity}")]
     ZrwaSize {

@@ -375,7 +375,10 @@ fn check_zns(spec: &GeometrySpec) -> Result<(), GeometryError> {
             block_size,
         });
     }
-    if size == 0 || !size.is_multiple_of(granularity) {
+    if size == 0 {
+        return Err(GeometryError::ZrwaSizeZero);
+    }
+    if !size.is_multiple_of(granularity) {
         return Err(GeometryError::ZrwaSize { size, granularity });
     }
     // Blocks are counted by 16 bits in the data structures of NVMe.
@@ -606,7 +609,7 @@ mod tests {
             ),
             (zrwa(1 << 20, 0, 4), "granularity 0 is not a multiple"),
             (zrwa(1 << 20, 6000, 4), "not a multiple of the block size 4096"),
-            (zrwa(0, 4096, 4), "ZRWA size 0 is not"),
+            (zrwa(0, 4096, 4), "ZRWA size must not be 0"),
             (
                 zrwa(65536, 12288, 4),
                 "not a multiple of the ZRWA granularity 12288",

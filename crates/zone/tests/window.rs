@@ -190,7 +190,7 @@ fn a_failed_write_fails_alone_and_its_pointer_is_taken_back() {
 
 #[test]
 fn a_commit_moves_the_pointer_and_at_the_capacity_fills_the_zone() {
-    let mut d = Device::new(zns);
+    let d = Device::new(zns);
     assert!(matches!(
         d.commit(Z2, 1),
         Err(Refused::Zone(ZoneError::NotRandomWritable { zone: Z2 }))
@@ -285,7 +285,7 @@ fn an_area_needs_a_pointer_at_a_granule_in_a_zone_that_is_not_full() {
 
 #[test]
 fn areas_are_counted_until_their_zone_is_full_finished_or_reset() {
-    let mut d = Device::new(zns);
+    let d = Device::new(zns);
     d.operate(Z2, ExclusiveOp::OpenZrwa);
     d.operate(Z3, ExclusiveOp::OpenZrwa);
     assert!(!d.operate(Z3, ExclusiveOp::OpenZrwa), "it has one");

@@ -175,11 +175,18 @@ async fn inherit(base: &Device, size: u64) -> Result<Known, CreateError> {
             geometry.size()
         )));
     }
-    let records = geometry
+    let records: Records = geometry
         .zones()
         .map(|zone| (zone.0, engine.record(zone)))
         .filter(|(_, record)| *record != Default::default())
         .collect();
+    if records.values().any(|record| record.zrwa) && base.status().is_some_and(|status| !status.clean) {
+        return Err(CreateError::Refused(
+            "the backing image was not closed, and a zone of it has a random write area: open and close it first, so \
+             that what lies above the area is zeros"
+                .into(),
+        ));
+    }
     let synced = async {
         match base.qcow2() {
             Some(image) => {

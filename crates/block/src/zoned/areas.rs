@@ -81,7 +81,7 @@ impl ZonedNode {
     }
 
     /// Makes a zone's extension durable before any record speaks of it.
-    pub(super) async fn keep_extension(&self, zone: ZoneNo, extension: &[u8]) -> Result<(), Error> {
+    pub(crate) async fn keep_extension(&self, zone: ZoneNo, extension: &[u8]) -> Result<(), Error> {
         self.extensions.write(zone, extension).await.map_err(|error| {
             if let (TableError::Io("syncing", source), Durability::Table { committer, .. }) =
                 (&error, &self.durability)

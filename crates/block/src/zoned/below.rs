@@ -42,6 +42,11 @@ impl ZonedNode {
         self.check_epoch()?;
         for (zone, record) in records {
             self.engine.check(*zone, record).map_err(impossible)?;
+            if record.zrwa {
+                let geometry = self.engine.geometry();
+                let range = geometry.start(*zone)..geometry.end(*zone);
+                self.child.write_anywhere(range).await?;
+            }
         }
         for batch in records.chunks(BATCH) {
             match &self.durability {
