@@ -80,7 +80,7 @@ echo "== what list and check say of them"
 zbdkit check "$zoned" | tee /tmp/check
 grep -q '^ok       random writes   random write areas of 64 KiB in 2 zones at a time' /tmp/check || fail "no areas"
 grep -q '^ok       extensions      .* 64 bytes' /tmp/check || fail "no extensions"
-zbdkit list --json | jq -e --arg path "$block" '.devices[] | select(.path == $path) | .zrwa.size == 65536 and .zrwa.count == 2 and .extension_size == 64' ||
+zbdkit list --json | jq -e --arg path "$block" '.devices[] | select(.path == $path) | .zrwa.size == 65536 and .zrwa.max == 2 and .extension_size == 64' ||
 	fail "list does not show them"
 run command nvme zns reset-zone --select-all "$zoned"
 

@@ -12,7 +12,7 @@ use zbdkit_zone::Zns;
 
 use crate::image::Session;
 use crate::output::{Out, complain, printable};
-use crate::shapes::model_name;
+use crate::shapes::{ZrwaShape, model_name};
 
 /// List the zoned drives of this machine
 #[derive(Debug, Args)]
@@ -46,7 +46,7 @@ JSON:
   {devices: [{path, nvme_generic, vendor_model, size, logical_block_size,
   physical_block_size, write_granularity, read_only, scheduler, write_cache,
   model, zone_size, zone_capacity, nr_zones, max_open, max_active, max_append,
-  used_by, note, zrwa: {size, granularity, count, explicit_commit},
+  used_by, note, zrwa: {size, granularity, max, explicit_commit},
   extension_size, advice: {open, non_sequential}}, ...]};
   sizes are bytes, 0 is no limit, null is none or not known";
 
@@ -74,18 +74,10 @@ struct Row {
     used_by: Vec<String>,
     note: Option<&'static str>,
     /// Zone random write areas.
-    zrwa: Option<Areas>,
+    zrwa: Option<ZrwaShape>,
     /// Bytes of a descriptor extension.
     extension_size: Option<u32>,
     advice: Option<Advice>,
-}
-
-#[derive(Debug, Serialize)]
-struct Areas {
-    size: u64,
-    granularity: u64,
-    count: u32,
-    explicit_commit: bool,
 }
 
 /// How many zones are best open, or written out of order, at a time.
@@ -180,12 +172,7 @@ impl Row {
     fn add_namespace(&mut self, facts: &DriveFacts) {
         let Zns { zrwa, extension_size } = facts.zns;
         self.extension_size = Some(extension_size);
-        self.zrwa = zrwa.map(|zrwa| Areas {
-            size: zrwa.size,
-            granularity: zrwa.granularity,
-            count: zrwa.count,
-            explicit_commit: zrwa.explicit_commit,
-        });
+        self.zrwa = zrwa.map(ZrwaShape::of);
         // Without a block device nobody else has told.
         if self.size.is_none() {
             self.size = Some(facts.size);
@@ -198,7 +185,7 @@ impl Row {
     fn notes(&self) -> Vec<String> {
         let mut notes: Vec<String> = self.note.map(str::to_owned).into_iter().collect();
         if let Some(areas) = &self.zrwa {
-            notes.push(described_areas(areas.size, areas.granularity, areas.count));
+            notes.push(described_areas(areas.size, areas.granularity, areas.max));
         }
         if let Some(bytes) = self.extension_size.filter(|bytes| *bytes > 0) {
             notes.push(format!("descriptor extensions of {bytes} bytes"));
@@ -455,7 +442,7 @@ mod tests {
         );
         let json = serde_json::to_value(&rows[0]).unwrap();
         assert_eq!(
-            (&json["zrwa"]["count"], &json["extension_size"], &json["advice"]),
+            (&json["zrwa"]["max"], &json["extension_size"], &json["advice"]),
             (&8.into(), &64.into(), &serde_json::Value::Null)
         );
         assert_eq!(rows[1].zone_capacity, Some(256 << 20));

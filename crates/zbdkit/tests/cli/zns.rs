@@ -211,3 +211,67 @@ fn the_operator_sets_attributes_and_the_report_shows_them() {
     let report = bench.run(&["report", "disk.raw"]).ok();
     assert!(!report.contains("attributes"), "{report}");
 }
+
+#[test]
+fn an_image_keeps_areas_and_extensions_for_the_next_process() {
+    let bench = Bench::new();
+    for image in ["disk.raw", "disk.qcow2"] {
+        bench
+            .run(&[
+                "create",
+                "-q",
+                image,
+                "--size",
+                "64M",
+                "--zone-size",
+                "8M",
+                "--zrwa-size",
+                "64k",
+                "--zrwa-granularity",
+                "16k",
+                "--max-zrwa",
+                "2",
+                "--extension-size",
+                "64",
+            ])
+            .ok();
+        let io = |commands: &[&str]| {
+            let mut args = vec!["io", image];
+            args.extend(commands.iter().flat_map(|command| ["-c", command]));
+            bench.run(&args)
+        };
+        let written = [
+            "zo -r 8M 8M",
+            "write -q -P 2 8240k 8k",
+            "write -q -P 1 8M 16k",
+            "zcm 8208k",
+            "zse 16M",
+        ];
+        assert_eq!(io(&written).ok(), "", "{image}");
+        let report = bench.run(&["report", image, "-c", "3"]).ok();
+        let lines: Vec<&str> = report.lines().collect();
+        assert!(lines[0].ends_with("_REQUIRED)]"), "{report}");
+        assert!(
+            lines[1].contains("wptr 0x000020") && lines[1].ends_with(" [attributes: zrwa]"),
+            "{report}"
+        );
+        assert!(
+            lines[2].contains("4(cl)") && lines[2].ends_with(" [attributes: extension]"),
+            "{report}"
+        );
+        let later = [
+            "write -q -P 3 8208k 4k",
+            "read -q -P 2 8240k 8k",
+            "read -q -P 1 8M 16k",
+            "zge -f found 16M",
+        ];
+        assert_eq!(io(&later).ok(), "", "{image}");
+        assert_eq!(std::fs::read(bench.path("found")).unwrap(), [0xcd; 64]);
+        let zones = bench.json(&["report", image, "--json"]);
+        assert_eq!(zones["zones"][1]["attributes"]["zrwa"], true);
+        assert_eq!(zones["zones"][2]["attributes"]["extension"], true);
+        bench.run(&["reset", "-q", image, "--all"]).ok();
+        let report = bench.run(&["report", image]).ok();
+        assert!(!report.contains("attributes"), "{report}");
+    }
+}

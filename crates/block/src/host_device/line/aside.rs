@@ -74,38 +74,42 @@ impl Aside {
                 self.end = End::Appended(at.saturating_add(len));
                 Ok(at)
             }
-            Err(error) => Err(self.reason(error, len).await),
+            Err(error) => Err(self.reason(error, None, len).await),
         }
     }
 
     async fn write(&mut self, at: u64, buf: IoBuf) -> Result<u64, Error> {
+        let len = buf.len() as u64;
         match self.lines.drive.file().write(buf, at).await {
             Ok(()) => {
                 self.end = End::Written;
                 Ok(at)
             }
-            Err(error) => Err(match Error::io("write", &error) {
-                Error::Io { op, errno } => self.lines.explain(op, errno),
-                reason => reason,
-            }),
+            Err(error) => Err(self.reason(Error::io("write", &error), Some(at), len).await),
         }
     }
 
-    /// The rule that the drive holds against an append, if there is one.
-    async fn reason(&self, error: Error, len: u64) -> Error {
+    /// The rule that the drive holds against the request, if there is one.
+    async fn reason(&self, error: Error, offset: Option<u64>, len: u64) -> Error {
         let Error::Io { op, errno } = error else {
             return error;
         };
         let Ok(info) = self.lines.report(self.zone).await else {
             return self.lines.explain(op, errno);
         };
+        let zone = self.zone;
         let writable = Writable {
-            zone: self.zone,
+            zone,
             condition: info.condition,
             wp: info.wp,
             end: info.start + info.capacity,
         };
-        match writable.place(None, len) {
+        let area = self.lines.drive.facts().zns.zrwa;
+        let rule = match area.filter(|_| info.attributes.zrwa) {
+            Some(area) => writable.place_in_area(offset, len, area),
+            None => writable.place(offset, len),
+        };
+        match rule {
             Err(rule) => rule.into(),
             Ok(_) => self.lines.explain(op, errno),
         }
