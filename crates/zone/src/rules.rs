@@ -1,6 +1,7 @@
 //! Rules that need no engine: whoever keeps the state of a zone elsewhere, as a real drive does, asks them directly.
 
 use crate::error::ZoneError;
+use crate::geometry::Zrwa;
 use crate::types::{Condition, ZoneNo, ZoneType};
 
 /// What decides whether a sequential-required zone takes a write. Positions are absolute bytes.
@@ -33,6 +34,42 @@ impl Writable {
             return Err(ZoneError::NotAtWritePointer { zone, offset, wp });
         }
         if len > end.saturating_sub(wp) {
+            return Err(ZoneError::ExceedsCapacity {
+                zone,
+                offset,
+                len,
+                end,
+            });
+        }
+        Ok(offset)
+    }
+}
+
+impl Writable {
+    /// The same in a zone with a random write area, which begins at `wp`: anywhere in it, or in the region of its size behind
+    /// it. Nobody could tell where an append goes.
+    ///
+    /// # Errors
+    /// The first rule that it breaks: offline, read-only, full, an append, outside of the area, beyond the capacity.
+    pub fn place_in_area(&self, offset: Option<u64>, len: u64, area: Zrwa) -> Result<u64, ZoneError> {
+        let Writable { zone, wp, end, .. } = *self;
+        writable(zone, self.condition)?;
+        if self.condition == Condition::Full {
+            return Err(ZoneError::Full { zone });
+        }
+        let offset = offset.ok_or(ZoneError::RandomWriteArea { zone })?;
+        let reach = wp.saturating_add(area.size.saturating_mul(2));
+        let last = offset.saturating_add(len);
+        if offset < wp || last > reach {
+            return Err(ZoneError::OutsideRandomWriteArea {
+                zone,
+                offset,
+                len,
+                start: wp,
+                end: reach,
+            });
+        }
+        if last > end {
             return Err(ZoneError::ExceedsCapacity {
                 zone,
                 offset,

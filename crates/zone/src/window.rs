@@ -12,7 +12,7 @@
 use crate::engine::{Engine, Locked, ZRWA};
 use crate::error::{Refused, ZoneError};
 use crate::permit::{Completion, Events, Order, Prefix, WritePermit};
-use crate::rules::writable;
+use crate::rules::{Writable, writable};
 use crate::types::{Condition, ZoneNo};
 
 impl Engine {
@@ -64,33 +64,18 @@ impl Engine {
     ) -> Result<WritePermit, Refused> {
         let zone = z.no;
         let condition = z.condition();
-        writable(zone, condition)?;
-        let (Some(offset), Some(area)) = (offset, self.geometry.zrwa()) else {
+        let Some(area) = self.geometry.zrwa() else {
             return Err(ZoneError::RandomWriteArea { zone }.into());
         };
         let start = self.geometry.start(zone);
+        let place = Writable {
+            zone,
+            condition,
+            wp: start + z.next,
+            end: start + self.geometry.capacity(zone),
+        };
+        let offset = place.place_in_area(offset, len, area)?;
         let (pointer, end) = (z.next, offset - start + len);
-        let reach = pointer + 2 * area.size;
-        if offset - start < pointer || end > reach {
-            return Err(ZoneError::OutsideRandomWriteArea {
-                zone,
-                offset,
-                len,
-                start: start + pointer,
-                end: start + reach,
-            }
-            .into());
-        }
-        let capacity = self.geometry.capacity(zone);
-        if end > capacity {
-            return Err(ZoneError::ExceedsCapacity {
-                zone,
-                offset,
-                len,
-                end: start + capacity,
-            }
-            .into());
-        }
         self.open_for_write(zone, condition)?;
         let pointer = match end.checked_sub(pointer + area.size) {
             // At most the write's own end, since an area is whole granules.
