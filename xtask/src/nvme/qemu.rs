@@ -1,0 +1,29 @@
+//! QEMU's own NVMe drive with a zoned namespace, for comparison: `nvme` and `nvme-ns,zoned=on`.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use super::Zones;
+
+/// QEMU's arguments for a controller with a zoned namespace, whose data is in `file`, which is made if it is not there.
+pub(super) fn arguments(file: &Path, zones: &Zones) -> Result<Vec<String>> {
+    if !file.exists() {
+        std::fs::File::create_new(file)?.set_len(u64::from(zones.count * zones.size) << 20)?;
+    }
+    let path = file.display().to_string().replace(',', ",,");
+    Ok([
+        // As many queues as the guest has processors are enough; what one command moves is limited as here.
+        "-device".to_owned(),
+        "nvme,id=qemu,serial=qemu,mdts=8".to_owned(),
+        "-drive".to_owned(),
+        format!("if=none,id=qemu-zones,format=raw,discard=unmap,file={path}"),
+        "-device".to_owned(),
+        format!(
+            "nvme-ns,bus=qemu,drive=qemu-zones,nsid=1,zoned=on,zoned.zone_size={}M,zoned.zone_capacity={}M,\
+             zoned.max_open={},zoned.max_active={},logical_block_size=4096,physical_block_size=4096",
+            zones.size, zones.capacity, zones.max_open, zones.max_active
+        ),
+    ]
+    .into())
+}
