@@ -50,7 +50,7 @@ look | again)
 	cat /tmp/zones
 	echo "== zbdkit: every zone is as it was"
 	# A report of a zone that cannot be written has no pointer to show.
-	run diff <(sed -E 's/ [0-9]+ (ro|of|fu)$/ \1/' /share/expected) <(sed -E 's/ [0-9]+ (ro|of|fu)$/ \1/' /tmp/zones)
+	run diff <(sed -E 's/ -?[0-9]+ (ro|of|fu)$/ \1/' /share/expected) <(sed -E 's/ -?[0-9]+ (ro|of|fu)$/ \1/' /tmp/zones)
 	run cmp /share/3M <(get 0 0 3M)
 	for z in 1 2 3 14; do run cmp /share/20k <(get $z 0 20k); done
 	if [ $PART = look ]; then
@@ -61,9 +61,6 @@ look | again)
 	fi
 	unwritten 4 20480 4k
 	unwritten 8 0 20k
-	refuse get 15 0 4k
-	refuse put /share/20k 14 20480
-	refuse put /share/20k 1 0
 	if [ $PART = look ]; then
 		echo "== and goes on"
 		run put /share/20k 1 20480
@@ -71,6 +68,10 @@ look | again)
 		nvme zns finish-zone "$DEV" -s "$(lba 3)"
 		sed -i -E 's/^1 40 cl/1 80 cl/; s/^4 .*/4 0 em/; s/^3 .*/3 0 fu/' /share/expected
 	fi
+	# Last, since the kernel wants a report after a write that failed.
+	refuse get 15 0 4k
+	refuse put /share/20k 14 20480
+	refuse put /share/20k 1 0
 	echo "== QEMU's nvme-ns: the data is there, its zones are not"
 	DEV=$QEMU
 	expect "empty zones" $((SIZE_MB / ZONE_MB)) "$(blkzone report "$DEV" | grep -c '(em)')"

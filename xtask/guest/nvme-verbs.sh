@@ -106,7 +106,7 @@ reports() {
 	say nvme zns report-zones "$DEV" -s "$(lba 16)" -d 1
 	say nvme zns report-zones "$DEV" -e -d 1
 	# Zone Management Receive as nvme-cli does not send it: partial and short, nothing but a header, less than one, unknown.
-	say nvme io-passthru "$DEV" --opcode=0x7a --namespace-id=1 --data-len=256 -r --cdw12=63 --cdw13=0x10000 -b
+	say nvme io-passthru "$DEV" --opcode=0x7a --namespace-id=1 --data-len=256 -r --cdw12=63 --cdw13=0x10000
 	say nvme io-passthru "$DEV" --opcode=0x7a --namespace-id=1 --data-len=64 -r --cdw12=15
 	say nvme io-passthru "$DEV" --opcode=0x7a --namespace-id=1 --data-len=64 -r --cdw12=15 --cdw13=0x10000
 	say nvme io-passthru "$DEV" --opcode=0x7a --namespace-id=1 --data-len=32 -r --cdw12=7
@@ -138,7 +138,7 @@ mistakes() {
 	say nvme zns open-zone "$PLAIN" -s 0
 	# Reads: past the pointer, past the capacity, across the end of a zone, across it into an empty one.
 	say nvme read "$DEV" -s $(($(lba 1) + 9)) -c 0 -z 4096 -d /tmp/read
-	expect "unwritten bytes" 4096 "$(tr -dc '\000' </tmp/read | wc -c)"
+	echo "zeros: $(head -c 4096 /tmp/read | tr -dc '\000' | wc -c)"
 	say nvme read "$DEV" -s 760 -c 15 -z 65536 -d /tmp/read
 	say nvme read "$DEV" -s $(($(lba 1) - 1)) -c 1 -z 8192 -d /tmp/read
 	say nvme verify "$DEV" -s $(($(lba 1) - 1)) -c 1
@@ -186,9 +186,10 @@ commands() {
 	echo "## other commands"
 	does write 0 0 256
 	does nvme write "$PLAIN" -s 0 -c 7 -z $((8 * BLOCK)) -d /tmp/1M
-	say nvme flush "$NVME" -n 1
-	say nvme flush "$NVME" -n 0xffffffff
-	say nvme flush "$NVME" -n 9
+	head -c $((8 * BLOCK)) /tmp/1M | tail -c $((4 * BLOCK)) >/tmp/behind
+	say nvme flush "$DEV" -n 1
+	say nvme flush "$DEV" -n 0xffffffff
+	say nvme flush "$DEV" -n 9
 	say nvme compare "$DEV" -s 0 -c 1 -z 8192 -d /tmp/1M
 	say nvme compare "$DEV" -s 1 -c 1 -z 8192 -d /tmp/1M
 	say nvme verify "$DEV" -s 0 -c 7
@@ -197,7 +198,7 @@ commands() {
 	say nvme write-zeroes "$DEV" -s 0 -c 7
 	state 0
 	say nvme write-zeroes "$PLAIN" -s 0 -c 3
-	say nvme compare "$PLAIN" -s 4 -c 3 -z $((4 * BLOCK)) -d <(tail -c +$((4 * BLOCK + 1)) /tmp/1M | head -c $((4 * BLOCK)))
+	say nvme compare "$PLAIN" -s 4 -c 3 -z $((4 * BLOCK)) -d /tmp/behind
 	say nvme dsm "$DEV" -d -s 0 -b 8
 	say nvme dsm "$PLAIN" -d -s 0 -b 8
 	say nvme dsm "$PLAIN" -d -s 0xffffffff -b 8
@@ -214,8 +215,8 @@ logs() {
 	local page
 	echo "## logs and features"
 	fields '^(critical_warning|temperature|data_units|host_|controller_busy|power_|unsafe|media|num_err|.*time|temperature_sensor)' nvme smart-log "$NVME"
-	expect "SMART: warnings, unrecovered errors" "0 0" "$(nvme smart-log "$NVME" -o json | jq -r '"\(.critical_warning) \(.media_errors)"')"
-	say nvme error-log "$NVME" -e 1 -o binary
+	nvme smart-log "$NVME" -o json | jq -r '"warnings \(.critical_warning | objects.value // .), media errors \(.media_errors)"'
+	fields '^$' nvme error-log "$NVME" -e 1
 	say nvme changed-ns-list-log "$NVME"
 	say nvme get-log "$NVME" -i 0xbf -n 1 -l 64
 	say nvme get-log "$NVME" -i 0xbf -n 2 -l 64
@@ -243,7 +244,8 @@ logs() {
 programs() {
 	echo "## programs"
 	say nvme reset "$NVME"
-	does nvme zns reset-zone "$DEV" -a
+	# The kernel has pointers of its own, and hears of no reset but its own.
+	does blkzone reset "$DEV"
 	say blkzone capacity "$DEV"
 	echo "\$ smartctl"
 	smartctl -a "$NVME" >/tmp/smart 2>&1

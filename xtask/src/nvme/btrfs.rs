@@ -27,7 +27,6 @@ pub(super) fn play(stage: &Stage<'_>) -> Result<()> {
     let guest = |part: &str, task: &str, daemon: &Daemon| -> Guest<'_> {
         let mut guest = GEOMETRY.describe(stage.guest(part, SCRIPT, daemon));
         guest.share = Some(share.clone());
-        guest.reboots = true;
         guest.qemu_args.extend(qmp::arguments(&qmp));
         guest.variable("TASK", task)
     };
@@ -41,7 +40,9 @@ pub(super) fn play(stage: &Stage<'_>) -> Result<()> {
     wait_for_boot(&writing, 2)?;
     writing.kill()?;
 
-    let writing = guest("reset", "write", &daemon).start()?;
+    let mut reset = guest("reset", "write", &daemon);
+    reset.reboots = true;
+    let writing = reset.start()?;
     wait_for_boot(&writing, 3)?;
     qmp::execute(&qmp, "system_reset")?;
     wait_for_boot(&writing, 4)?;

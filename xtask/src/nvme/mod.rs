@@ -1,10 +1,12 @@
 //! Guest jobs on the NVMe door: booting from it, file systems that meet kills and resets, zones that outlive the daemon,
 //! and QEMU's own NVMe drive beside it, for comparison.
 
+mod bench;
 mod boot;
 mod btrfs;
 mod qemu;
 mod state;
+mod verbs;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -51,6 +53,18 @@ pub const NVME_JOBS: &[NvmeJob] = &[
         about: "every zone condition outlives the daemon, stopped or killed; QEMU's nvme-ns forgets them",
         shows: false,
         play: state::play,
+    },
+    NvmeJob {
+        name: "nvme-verbs",
+        about: "some hundred commands, right and wrong, to zbdkit's controller and QEMU's: the known differences, no others",
+        shows: false,
+        play: verbs::play,
+    },
+    NvmeJob {
+        name: "nvme-bench",
+        about: "fio on zbdkit's controller and on QEMU's by turns, images in memory, a table",
+        shows: true,
+        play: bench::play,
     },
 ];
 

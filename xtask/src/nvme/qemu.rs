@@ -27,3 +27,14 @@ pub(super) fn arguments(file: &Path, zones: &Zones) -> Result<Vec<String>> {
     ]
     .into())
 }
+
+/// Arguments for a second namespace, of blocks of 512 bytes and without zones, whose data is in `file`.
+pub(super) fn plain_namespace(file: &Path) -> [String; 4] {
+    let path = file.display().to_string().replace(',', ",,");
+    [
+        "-drive".to_owned(),
+        format!("if=none,id=qemu-plain,format=raw,discard=unmap,file={path}"),
+        "-device".to_owned(),
+        "nvme-ns,bus=qemu,drive=qemu-plain,nsid=2".to_owned(),
+    ]
+}
