@@ -9,7 +9,7 @@ use zbdkit_zone::{Engine, Filter, ZoneInfo, ZoneNo, ZoneRecord};
 
 use crate::error::Error;
 use crate::limits::Limits;
-use crate::node::{Access, CrossZone, Lane, MapExtent, Node, ZoneOp};
+use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Watcher, ZoneOp};
 use crate::qcow2::{BackingImage, Qcow2Node};
 use crate::zoned::{ImageStatus, ZonedNode};
 
@@ -270,6 +270,12 @@ impl Device {
             Root::Zoned(node) => node.child(),
             Root::Other(node) => &**node,
         }
+    }
+
+    /// Has `watcher` told of each zone that an operator changes (read-only, offline, finished by the device, recommended):
+    /// what no request of a door's own says. See [`Node::watch`].
+    pub fn watch(&self, watcher: Watcher) {
+        self.node().watch(watcher);
     }
 
     /// Closes cleanly. No request may be in flight; requests through other clones fail from now on or are lost.

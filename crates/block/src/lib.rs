@@ -32,7 +32,7 @@ pub use graph::{Graph, OpenOptions, did_you_mean, format_size, parse_size, run_s
 pub use host::{FileId, FileOptions, Host, HostError, OsHost};
 pub use limits::Limits;
 pub use lock::{Conflict, LockMode};
-pub use node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved, ZoneOp};
+pub use node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved, Watcher, ZoneOp};
 pub use qcow2::{BackingImage, ImageFormat, Qcow2CreateOptions, Qcow2Created, Qcow2Node, create_qcow2};
 pub use raw::RawNode;
 pub use zbdkit_qcow2::{CheckReport, Layout as Qcow2Layout, Preallocation, Repair};

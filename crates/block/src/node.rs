@@ -10,7 +10,7 @@ use std::task::{Poll, Waker};
 
 use zbdkit_io::{File, IoBuf};
 pub use zbdkit_qcow2::Access;
-use zbdkit_zone::{CloseEmpty, Engine, Filter, Recommendation, SlotPool, ZoneInfo};
+use zbdkit_zone::{CloseEmpty, Engine, Filter, Recommendation, SlotPool, ZoneInfo, ZoneNo};
 
 use crate::error::Error;
 use crate::limits::Limits;
@@ -68,6 +68,9 @@ impl ZoneOp {
         )
     }
 }
+
+/// Who is told of zones that an operator has changed; called on the operator's thread, once the change counts.
+pub type Watcher = Arc<dyn Fn(ZoneNo) + Send + Sync>;
 
 /// What a range of the device consists of, as far as it is all alike.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -338,6 +341,10 @@ pub trait Node: Send + Sync {
     ) -> Request<'a, ()> {
         Box::pin(async { Err(Error::NotSupported("zone report")) })
     }
+
+    /// Has `watcher` told of each zone that an operation of [`ZoneOp::is_operators`] changes through this node, for as long
+    /// as the node lives; a watcher that ends earlier holds its own end weakly.
+    fn watch(&self, _watcher: Watcher) {}
 
     /// Closes cleanly: nothing is in flight any more, and everything is durable when it succeeds.
     fn close<'a>(&'a self) -> Request<'a, ()>;

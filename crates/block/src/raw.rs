@@ -8,7 +8,7 @@ use zbdkit_zone::{Condition, Filter, Geometry, GeometrySpec, ZoneInfo, ZoneNo, Z
 
 use crate::error::{Error, OpenError};
 use crate::limits::Limits;
-use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved, ZoneOp};
+use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved, Watcher, ZoneOp};
 
 /// `raw` over a child.
 pub struct RawNode {
@@ -195,6 +195,55 @@ impl Node for RawNode {
             let done = self.child.zone_op(op, self.offset + zone_start).await;
             done.map_err(|error| self.here(error))
         })
+    }
+
+    fn commit_zrwa<'a>(&'a self, end: u64) -> Request<'a, ()> {
+        Box::pin(async move {
+            let size = self.limits.size;
+            if end > size {
+                return Err(Error::OutOfRange {
+                    offset: end,
+                    len: 0,
+                    size,
+                });
+            }
+            let done = self.child.commit_zrwa(self.offset + end).await;
+            done.map_err(|error| self.here(error))
+        })
+    }
+
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
+        Box::pin(async move {
+            self.zone_at(zone_start)?;
+            let set = self
+                .child
+                .set_extension(self.offset + zone_start, extension)
+                .await;
+            set.map_err(|error| self.here(error))
+        })
+    }
+
+    fn extension<'a>(&'a self, zone_start: u64) -> Request<'a, Option<Vec<u8>>> {
+        Box::pin(async move {
+            self.zone_at(zone_start)?;
+            let found = self.child.extension(self.offset + zone_start).await;
+            found.map_err(|error| self.here(error))
+        })
+    }
+
+    /// Zones outside of the window are nobody's business here.
+    fn watch(&self, watcher: Watcher) {
+        let Some(window) = self.limits.zoned else { return };
+        let skipped = self.skipped();
+        self.child.watch(Arc::new(move |zone: ZoneNo| {
+            if let Some(zone) = zone
+                .0
+                .checked_sub(skipped)
+                .filter(|zone| *zone < window.nr_zones())
+            {
+                watcher(ZoneNo(zone));
+            }
+        }));
     }
 
     fn reset_all<'a>(&'a self) -> Request<'a, ()> {

@@ -2,12 +2,13 @@
 
 mod nvme;
 
-use nvme::{CQ, DATA, Driver, ENTRIES, Entry, PAGE, Rig, SQ};
+use nvme::{CQ, DATA, Rig, SQ};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::AdminOpcode;
 use zbdkit_spec::nvme::controller::offset;
 use zbdkit_spec::nvme::nvm::Opcode;
 use zbdkit_spec::vfio_user::pci_region;
+use zbdkit_testkit::nvme::{ADMIN_ENTRIES as ENTRIES, Driver, Entry, PAGE};
 
 fn pattern(seed: u8, len: usize) -> Vec<u8> {
     (0..len).map(|i| (i / 512 * 7 + i) as u8 ^ seed).collect()

@@ -1,13 +1,14 @@
 //! A namespace: a device of the block graph in logical blocks.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
-use zbdkit_block::{CrossZone, Device, Error, Lane};
+use zbdkit_block::{CrossZone, Device, Error, Lane, ZoneOp};
 use zbdkit_io::{IoBuf, yield_now};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::{Csi, MIN_PAGE_BYTES};
-use zbdkit_zone::Model;
+use zbdkit_zone::{Model, Zrwa};
 
 use crate::command::Blocks;
 use crate::status::{Failure, Kind, failure};
@@ -40,6 +41,11 @@ pub enum NamespaceError {
         "its zone append limit is {0} bytes: a namespace's is a power of two of at least 8192 (ZNS 1.2, 4.1.5.2)"
     )]
     AppendLimit(u64),
+    /// The size or the granularity of random write areas has no place in Identify.
+    #[error(
+        "its random write areas are of {0} blocks: those of a namespace have at most 65535 (ZNS 1.2, 4.1.5.1)"
+    )]
+    RandomWriteArea(u64),
 }
 
 /// The zones of a namespace.
@@ -57,6 +63,10 @@ pub struct Zones {
     pub max_append: u64,
     /// Reads may cross their borders.
     pub read_across: bool,
+    /// Their random write areas, if they have such.
+    pub zrwa: Option<Zrwa>,
+    /// Bytes of a descriptor extension, 0 without.
+    pub extension_size: u32,
 }
 
 /// A namespace. Shared by all controllers of its subsystem.
@@ -67,6 +77,8 @@ pub struct Namespace {
     uuid: Option<Uuid>,
     zones: Option<Zones>,
     formatting: AtomicBool,
+    /// Zones, by their first bytes, that a host's command takes offline: what hosts need not be told.
+    own_changes: Mutex<Vec<u64>>,
 }
 
 impl Namespace {
@@ -94,8 +106,16 @@ impl Namespace {
                 max_active: geometry.max_active(),
                 max_append: geometry.max_append(),
                 read_across: options.read_across_zones,
+                zrwa: geometry.zrwa(),
+                extension_size: geometry.extension_size(),
             }),
         };
+        if let Some(zrwa) = zones.and_then(|zones| zones.zrwa) {
+            let blocks = zrwa.size.max(zrwa.granularity) / u64::from(limits.block_size);
+            if blocks > u16::MAX.into() {
+                return Err(NamespaceError::RandomWriteArea(blocks));
+            }
+        }
         Ok(Namespace {
             shift: limits.block_size.ilog2(),
             // A short last zone is shown at full size, with a smaller capacity.
@@ -103,6 +123,7 @@ impl Namespace {
             uuid: options.uuid,
             zones,
             formatting: AtomicBool::new(false),
+            own_changes: Mutex::default(),
             device,
         })
     }
@@ -152,6 +173,26 @@ impl Namespace {
 
     pub(crate) fn end_format(&self) {
         self.formatting.store(false, Ordering::Release);
+    }
+
+    /// Takes the zone that starts at this byte offline on behalf of a host.
+    pub(crate) async fn set_offline(&self, lane: &Lane, start: u64) -> Result<(), Failure> {
+        self.own_changes().push(start);
+        let result = self.device.zone_op(lane, ZoneOp::SetOffline, start).await;
+        let mut own = self.own_changes();
+        if let Some(at) = own.iter().position(|zone| *zone == start) {
+            own.swap_remove(at);
+        }
+        result.map_err(|error| failure(&error, Kind::Manage))
+    }
+
+    /// Whether [`Namespace::set_offline`] is what changes a zone.
+    pub(crate) fn changes_itself(&self, start: u64) -> bool {
+        self.own_changes().contains(&start)
+    }
+
+    fn own_changes(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.own_changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether commands can be carried out now.

@@ -112,6 +112,8 @@ pub(crate) enum Kind {
     Write,
     /// Zone Management Send and Receive.
     Manage,
+    /// The commit of a random write area.
+    Commit,
 }
 
 /// The status of a request of the block graph that failed.
@@ -119,7 +121,7 @@ pub(crate) fn failure(error: &Error, kind: Kind) -> Failure {
     let storage = match kind {
         Kind::Read => Status::UNRECOVERED_READ_ERROR,
         Kind::Write => Status::WRITE_FAULT,
-        Kind::Manage => Status::INTERNAL_ERROR,
+        Kind::Manage | Kind::Commit => Status::INTERNAL_ERROR,
     };
     match error {
         Error::Zone(error) => Failure::lasting(zone_status(error, kind)),
@@ -142,6 +144,8 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
     let condition = |status| match kind {
         // What an action does not allow is a transition that is none.
         Kind::Manage => Status::INVALID_ZONE_STATE_TRANSITION,
+        // Whatever makes it impossible.
+        Kind::Commit => Status::INVALID_ZONE_OPERATION,
         Kind::Read | Kind::Write => status,
     };
     match error {

@@ -65,11 +65,37 @@ impl Subsystem {
         if namespaces.is_empty() || namespaces.len() > MAX_NAMESPACES {
             return Err(SubsystemError::Namespaces(namespaces.len()));
         }
-        Ok(Arc::new(Subsystem {
+        let subsystem = Arc::new(Subsystem {
             options,
             namespaces: namespaces.into(),
             controllers: Mutex::default(),
-        }))
+        });
+        subsystem.watch();
+        Ok(subsystem)
+    }
+
+    /// Has hosts told of what an operator does to zones.
+    fn watch(self: &Arc<Subsystem>) {
+        for (nsid, namespace) in self.numbered() {
+            let Some(zones) = namespace.zones() else {
+                continue;
+            };
+            let (subsystem, size) = (Arc::downgrade(self), zones.size);
+            namespace.device.watch(Arc::new(move |zone| {
+                let start = u64::from(zone.0) * size;
+                if let Some(subsystem) = subsystem.upgrade()
+                    && !subsystem.does_itself(nsid, start)
+                {
+                    subsystem.zone_changed(nsid, start);
+                }
+            }));
+        }
+    }
+
+    /// Whether a command of a host is what changes a zone.
+    fn does_itself(&self, nsid: u32, start: u64) -> bool {
+        self.namespace(nsid)
+            .is_some_and(|namespace| namespace.changes_itself(start))
     }
 
     /// A namespace by its identifier.

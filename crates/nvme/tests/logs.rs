@@ -6,6 +6,7 @@ use std::pin::pin;
 use std::task::{Context, Waker};
 
 use host::{ENABLE, Host, Memory, PLAIN_NSID, ZONE, ZONED_NSID, entry, get_log, poll_once, rw, set_feature};
+use zbdkit_block::ZoneOp;
 use zbdkit_nvme::Change;
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::AdminOpcode;
@@ -14,7 +15,7 @@ use zbdkit_spec::nvme::controller::Cc;
 use zbdkit_spec::nvme::feature::FeatureId;
 use zbdkit_spec::nvme::log::{ErrorEntry, LogId, Smart};
 use zbdkit_spec::nvme::nvm::Opcode;
-use zbdkit_spec::nvme::zns::ChangedZoneList;
+use zbdkit_spec::nvme::zns::{ChangedZoneList, SendAction};
 use zerocopy::FromBytes;
 
 const INVALID_NAMESPACE: Status = Status::INVALID_NAMESPACE_OR_FORMAT;
@@ -181,7 +182,7 @@ fn a_host_is_told_of_zones_that_change_by_themselves() {
     assert_eq!(host.tell(events, &[]).0, Status::SUCCESS);
     let mut request = Box::pin(host.admin.execute(&aer, &memory, &host.queues));
     assert!(host.runtime.block_on(poll_once(&mut request)).is_none());
-    host.subsystem.zone_changed(ZONED_NSID, 3 * ZONE * 512);
+    host.set(ZoneOp::SetReadOnly, 3);
     let told = host.runtime.block_on(request);
     assert_eq!((told.is_success(), told.result), (true, 1 << 32 | 0x00bf_ef02));
     let list = |rae: u32| {
@@ -203,6 +204,33 @@ fn a_host_is_told_of_zones_that_change_by_themselves() {
     let page = |nsid| host.tell(get_log(LogId::CHANGED_ZONES.0, nsid, 4096), &[]).0;
     assert_eq!(page(PLAIN_NSID), Status::INVALID_LOG_PAGE);
     assert_eq!(page(NSID_ALL), INVALID_NAMESPACE);
+    host.must_work();
+}
+
+#[test]
+fn a_host_is_not_told_of_what_it_does_itself() {
+    let host = Host::new();
+    let events = set_feature(FeatureId::ASYNC_EVENT_CONFIGURATION.0, 1 << 27);
+    assert_eq!(host.tell(events, &[]).0, Status::SUCCESS);
+    let changed = || {
+        let page = host.ask(get_log(LogId::CHANGED_ZONES.0, ZONED_NSID, 4096));
+        let list = ChangedZoneList::read_from_bytes(&page).unwrap();
+        let count = usize::from(list.nrzid.get());
+        list.zid[..count]
+            .iter()
+            .map(|zid| zid.get() / ZONE)
+            .collect::<Vec<_>>()
+    };
+    for zone in [2, 5, 6] {
+        host.set(ZoneOp::SetReadOnly, zone);
+    }
+    assert_eq!(changed(), [2, 5, 6]);
+    assert_eq!(host.zone(SendAction::OFFLINE, 5 * ZONE), Status::SUCCESS);
+    assert_eq!(host.all_zones(SendAction::OFFLINE), Status::SUCCESS);
+    assert_eq!(changed(), [0; 0], "the host took them offline");
+    host.set(ZoneOp::SetNormal, 5);
+    host.set(ZoneOp::SetOffline, 5);
+    assert_eq!(changed(), [5], "the operator did");
     host.must_work();
 }
 

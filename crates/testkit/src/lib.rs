@@ -8,4 +8,5 @@ pub mod drive;
 pub mod fault;
 pub mod kill;
 pub mod namespace;
+pub mod nvme;
 pub mod reported;

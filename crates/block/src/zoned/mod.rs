@@ -21,7 +21,7 @@ mod waiters;
 
 use std::future::poll_fn;
 use std::ops::{ControlFlow, Range};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::task::Poll;
 
 use zbdkit_io::IoBuf;
@@ -32,7 +32,7 @@ use zbdkit_zone::{
 
 use crate::error::Error;
 use crate::limits::Limits;
-use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, ZoneOp};
+use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, Watcher, ZoneOp};
 use commit::{Committer, Image};
 use gaps::Gaps;
 pub use make::create_sidecar;
@@ -45,7 +45,7 @@ pub(crate) use place::{Place, host_error};
 pub(crate) use table::{
     Finding, Loaded, Salvaged, Table, TableError, read_at, table_size, write_at, zones_of,
 };
-use waiters::Waiters;
+use waiters::{Waiters, lock};
 
 /// Zones over a conventional child.
 pub struct ZonedNode {
@@ -58,6 +58,7 @@ pub struct ZonedNode {
     gaps: Gaps,
     durability: Durability,
     status: Option<ImageStatus>,
+    watchers: Mutex<Vec<Watcher>>,
 }
 
 /// What outlives the process.
@@ -467,6 +468,10 @@ impl Node for ZonedNode {
 
     fn reset_all<'a>(&'a self) -> Request<'a, ()> {
         Box::pin(self.reset_every_zone())
+    }
+
+    fn watch(&self, watcher: Watcher) {
+        lock(&self.watchers).push(watcher);
     }
 
     fn report<'a>(

@@ -2,7 +2,7 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use zbdkit_io::File;
@@ -164,6 +164,7 @@ impl ZonedNode {
             gaps: Gaps::default(),
             durability,
             status,
+            watchers: Mutex::default(),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::task::Poll;
 use zbdkit_zone::{ExclusiveOp, ExclusivePermit, ZoneError, ZoneNo, ZoneRecord, ZoneType};
 
 use super::commit::Committer;
+use super::waiters::lock;
 use super::{Durability, ZonedNode};
 use crate::error::Error;
 use crate::node::{Lane, ZoneOp};
@@ -137,6 +138,16 @@ impl ZonedNode {
 
     pub(super) async fn manage(&self, op: ZoneOp, zone_start: u64) -> Result<(), Error> {
         let zone = self.zone_at(zone_start)?;
+        self.operate(op, zone).await?;
+        if op.is_operators() {
+            // Not under the lock: a watcher may look at the device.
+            let watchers = lock(&self.watchers).clone();
+            watchers.iter().for_each(|watcher| watcher(zone));
+        }
+        Ok(())
+    }
+
+    async fn operate(&self, op: ZoneOp, zone: ZoneNo) -> Result<(), Error> {
         match op {
             ZoneOp::Open => {
                 self.check_epoch()?;

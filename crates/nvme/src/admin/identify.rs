@@ -7,14 +7,15 @@ use zbdkit_spec::nvme::base::{
 };
 use zbdkit_spec::nvme::command::NSID_ALL;
 use zbdkit_spec::nvme::nvm;
-use zbdkit_spec::nvme::zns::{self, NO_LIMIT, Ozcs};
+use zbdkit_spec::nvme::zns::{self, NO_LIMIT, Ozcs, ZDES_UNIT, ZrwaCap};
+use zbdkit_zone::Zrwa;
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::controller::{Controller, SHUTDOWN_MICROSECONDS, WARNING_TEMPERATURE};
 use crate::copy::{COPY_MAX_BYTES, COPY_MAX_RANGES};
 use crate::error_log::ERROR_LOG_ENTRIES;
 use crate::events::MAX_REQUESTS;
-use crate::namespace::Namespace;
+use crate::namespace::{Namespace, Zones};
 use crate::status::Failure;
 use crate::subsystem::MAX_NAMESPACES;
 
@@ -300,10 +301,23 @@ fn namespace_of(namespace: &Namespace, csi: Csi) -> Result<Page, Failure> {
         (Csi::NVM, _) => Ok([0; IDENTIFY_BYTES]),
         (Csi::ZONED, Some(zones)) => {
             let mut data = zns::IdentifyNamespace::new_zeroed();
-            data.ozcs = Ozcs::new().with_razb(zones.read_across).into_bits().into();
+            // No operation characteristics: Linux takes no namespace that has some.
+            data.ozcs = Ozcs::new()
+                .with_razb(zones.read_across)
+                .with_zrwasup(zones.zrwa.is_some())
+                .into_bits()
+                .into();
             data.mar_z = limit_z(zones.max_active).into();
             data.mor_z = limit_z(zones.max_open).into();
             data.lbafe[0].zsze = (zones.size >> namespace.block_shift()).into();
+            data.lbafe[0].zdes = (zones.extension_size as usize / ZDES_UNIT) as u8;
+            if let Some(zrwa) = zones.zrwa {
+                let blocks = |bytes: u64| (bytes >> namespace.block_shift()) as u16;
+                data.numzrwa = zrwa_count(zones, zrwa).into();
+                data.zrwafg = blocks(zrwa.granularity).into();
+                data.zrwasz = blocks(zrwa.size).into();
+                data.zrwacap = ZrwaCap::new().with_expflushsup(zrwa.explicit_commit).into_bits();
+            }
             Ok(page(&data))
         }
         _ => Err(Status::INVALID_FIELD.into()),
@@ -313,6 +327,15 @@ fn namespace_of(namespace: &Namespace, csi: Csi) -> Result<Page, Failure> {
 /// A limit, 0-based; 0 stands for none.
 fn limit_z(limit: u32) -> u32 {
     limit.checked_sub(1).unwrap_or(NO_LIMIT)
+}
+
+/// How many random write areas there can be at once; not 0-based, as QEMU has it. Only active zones have one.
+fn zrwa_count(zones: &Zones, zrwa: Zrwa) -> u32 {
+    [zrwa.count, zones.max_active, zones.count]
+        .into_iter()
+        .filter(|limit| *limit != 0)
+        .min()
+        .unwrap_or(0)
 }
 
 fn check_csi(csi: Csi) -> Result<(), Failure> {

@@ -65,6 +65,8 @@ enum Keeper {
     Engine,
     /// A drive, which knows nothing of these.
     Drive,
+    /// A zoned namespace: a drive whose rules are those of ZNS, and whose unwritten blocks read as zeros.
+    Namespace,
 }
 
 /// Looks at a device after each step of the suites.
@@ -78,6 +80,11 @@ pub async fn run(device: &Device) -> Result<(), Broken> {
 /// Runs all suites on a device whose zones a drive keeps, by itself or behind a door. Its contents are lost.
 pub async fn run_on_drive(device: &Device) -> Result<(), Broken> {
     run_as(device, Keeper::Drive, &|| Box::pin(async { Ok(()) })).await
+}
+
+/// Runs all suites on a zoned namespace behind a door. Its contents are lost.
+pub async fn run_on_namespace(device: &Device) -> Result<(), Broken> {
+    run_as(device, Keeper::Namespace, &|| Box::pin(async { Ok(()) })).await
 }
 
 /// As [`run_on_drive`], and `observer` looks at the drive after each step.
@@ -279,9 +286,9 @@ impl Subject<'_> {
         }
     }
 
-    /// Nobody has written the range since the zone was reset: zeros from an engine. A drive may have a pattern of its own.
+    /// Nobody has written the range since the zone was reset: zeros, but a drive may have a pattern of its own.
     async fn unwritten(&self, offset: u64, len: u64) -> Outcome {
-        if self.is_engine() {
+        if self.keeper != Keeper::Drive {
             return self.holds(offset, len, 0).await;
         }
         let bytes = self.read(offset, len, CrossZone::Refuse).await;

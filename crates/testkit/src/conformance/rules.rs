@@ -3,7 +3,7 @@
 use zbdkit_block::{CrossZone, Error, ZoneOp};
 use zbdkit_zone::{CloseEmpty, Condition, Filter, ZoneError, ZoneNo};
 
-use super::{Outcome, Subject, ensure, ok, refused};
+use super::{Keeper, Outcome, Subject, ensure, ok, refused};
 
 pub async fn limits(s: &Subject<'_>) -> Outcome {
     let (limits, geometry) = (s.device.limits(), &s.geometry);
@@ -29,14 +29,25 @@ pub async fn transitions(s: &Subject<'_>) -> Outcome {
     ok(s.op(zone, ZoneOp::Open).await, "an open")?;
     s.is(zone, Condition::ExplicitlyOpen, 0).await?;
     ok(s.op(zone, close).await, "a close")?;
-    if s.is_engine() {
-        s.is(zone, Condition::Empty, 0).await?;
-        ok(s.op(zone, ZoneOp::Open).await, "an open")?;
-        ok(
-            s.op(zone, ZoneOp::Close(CloseEmpty::ToClosed)).await,
-            "a close as ZNS has it",
-        )?;
-        s.is(zone, Condition::Closed, 0).await?;
+    match s.keeper {
+        Keeper::Engine => {
+            s.is(zone, Condition::Empty, 0).await?;
+            ok(s.op(zone, ZoneOp::Open).await, "an open")?;
+            ok(
+                s.op(zone, ZoneOp::Close(CloseEmpty::ToClosed)).await,
+                "a close as ZNS has it",
+            )?;
+            s.is(zone, Condition::Closed, 0).await?;
+        }
+        Keeper::Namespace => {
+            s.is(zone, Condition::Closed, 0).await?;
+            refused!(
+                s.op(s.zone(0), close).await,
+                Error::Zone(ZoneError::InvalidTransition { .. }),
+                "a close of an empty zone"
+            );
+        }
+        Keeper::Drive => {}
     }
     ok(s.write(s.start(zone), block, 1).await, "a write to a closed zone")?;
     s.is(zone, Condition::ImplicitlyOpen, block).await?;

@@ -1,0 +1,90 @@
+//! The conformance suite through an NVMe controller, whatever is behind it.
+
+mod nvme;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use nvme::{Rig, open};
+use zbdkit_block::{
+    CreateOptions, Device, Graph, Host, OpenOptions, OsHost, Qcow2CreateOptions, create, create_qcow2,
+};
+use zbdkit_io::{Runtime, RuntimeOptions};
+use zbdkit_testkit::conformance;
+use zbdkit_testkit::nvme::NvmeNode;
+
+/// 12 zones of 1 MiB, three quarters of each writable; 3 may be open, 5 active.
+const ZONED: &str = "driver=zoned,file.driver=memory,file.size=12M,zone.mode=host-managed,zone.size=1M,\
+    zone.capacity=768k,zone.max_open_zones=3,zone.max_active_zones=5,zone.max_append_bytes=64k";
+
+fn image(path: &Path) -> CreateOptions {
+    CreateOptions {
+        zone_size: Some(1 << 20),
+        zone_capacity: Some(768 << 10),
+        max_open: Some(3),
+        max_active: 5,
+        max_append: Some(64 << 10),
+        ..CreateOptions::new(path, 12 << 20)
+    }
+}
+
+/// Has a file made, and opens it.
+fn opened(path: &Path, make: impl AsyncFnOnce(&Arc<dyn Host>)) -> Device {
+    let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
+    runtime.block_on(async {
+        let host: Arc<dyn Host> = Arc::new(OsHost);
+        make(&host).await;
+        let graph = Graph::from_path(path);
+        graph.open(&host, &OpenOptions::default()).await.unwrap()
+    })
+}
+
+/// The device conforms behind the door: with doorbells in registers, and then with doorbells in memory.
+fn conforms(device: Device) {
+    let rig = Rig::over(device, |_| {});
+    for shadow in [false, true] {
+        let mut driver = rig.driver();
+        driver.enable();
+        driver.make_io_queues(1);
+        if shadow {
+            driver.use_shadow_doorbells();
+        }
+        let device = Device::new(Arc::new(NvmeNode::new(driver, 1).unwrap()));
+        let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
+        if let Err(broken) = runtime.block_on(conformance::run_on_namespace(&device)) {
+            panic!("{broken}");
+        }
+    }
+}
+
+#[test]
+fn memory_conforms_through_the_controller() {
+    conforms(open(ZONED));
+}
+
+#[test]
+fn blocks_of_512_bytes_and_whole_zones_conform_through_the_controller() {
+    conforms(open(
+        "driver=zoned,file.driver=memory,file.size=4M,zone.mode=host-managed,block_size=512,zone.size=256k",
+    ));
+}
+
+#[test]
+fn raw_with_a_sidecar_conforms_through_the_controller() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("zones.raw");
+    conforms(opened(&path, async |host| {
+        create(host, &image(&path)).await.unwrap();
+    }));
+}
+
+#[test]
+fn qcow2_conforms_through_the_controller() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("zones.qcow2");
+    conforms(opened(&path, async |host| {
+        let mut options = Qcow2CreateOptions::new(&path, 12 << 20);
+        options.zones = Some(image(&path));
+        create_qcow2(host, &options).await.unwrap();
+    }));
+}
