@@ -11,7 +11,7 @@ use crate::graph::{Graph, OpenOptions};
 use crate::host::Host;
 use crate::node::{CrossZone, Lane, MapExtent, Node};
 use crate::qcow2::ImageFormat;
-use crate::zoned::{Finding, Records, Salvaged, Table, zones_of};
+use crate::zoned::{Finding, Records, Salvaged, Table, drop_damaged, zones_of};
 
 /// What a check found.
 #[derive(Clone, Debug)]
@@ -107,7 +107,13 @@ async fn check_sidecar(
         .len()
         .map_err(|e| OpenError::file(&files.sidecar, "cannot be looked at", e))?;
     let salvaged = match Table::salvage(files.table.clone(), 0, len).await {
-        Ok(salvaged) => salvaged,
+        Ok(mut salvaged) => match salvaged.check_extensions().await {
+            Ok(()) => salvaged,
+            Err(error) => {
+                found.error(format!("{path}: {error}"));
+                return Ok(found);
+            }
+        },
         Err(error) => {
             found.error(format!("{path}: {error}"));
             return Ok(found);
@@ -127,6 +133,7 @@ async fn check_sidecar(
             mut records,
             findings,
         } = salvaged;
+        drop_damaged(&findings, &mut records);
         rebuild_lost(&findings, &table, &mut records, &*files.data, &mut found)
             .await
             .map_err(OpenError::from)?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use zbdkit_io::File;
-use zbdkit_zone::{Geometry, GeometryError, GeometrySpec, Model, Zns};
+use zbdkit_zone::{Geometry, GeometryError, GeometrySpec, Model, Zns, Zrwa};
 
 use crate::error::OpenError;
 use crate::host::{FileOptions, Host, HostError};
@@ -18,6 +18,38 @@ pub const DEFAULT_ZONE_SIZE: u64 = 256 << 20;
 /// Largest append unless told otherwise.
 pub fn default_append(zone_capacity: u64) -> u64 {
     zone_capacity.min(1 << 20)
+}
+
+/// What is asked for of what only Zoned Namespaces have. Without a size there are no random write areas.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ZnsOptions {
+    /// Size of a random write area, bytes; 0 for none.
+    pub zrwa_size: Option<u64>,
+    /// Its granularity, bytes; the block size if `None`.
+    pub zrwa_granularity: Option<u64>,
+    /// Most zones with such an area, 0 for no limit.
+    pub max_zrwa: Option<u32>,
+    /// Size of a zone descriptor extension, bytes; 0 for none.
+    pub extension_size: u32,
+}
+
+impl ZnsOptions {
+    /// What a device with blocks of that size has.
+    pub fn zns(&self, block_size: u32) -> Zns {
+        let size = self.zrwa_size.unwrap_or(0);
+        // Without a size these are refused, rather than left out in silence.
+        let asked = size != 0 || self.zrwa_granularity.is_some() || self.max_zrwa.is_some();
+        let zrwa = asked.then(|| Zrwa {
+            size,
+            granularity: self.zrwa_granularity.unwrap_or(block_size.into()),
+            count: self.max_zrwa.unwrap_or(0),
+            explicit_commit: true,
+        });
+        Zns {
+            zrwa,
+            extension_size: self.extension_size,
+        }
+    }
 }
 
 /// What image to make.
@@ -43,6 +75,8 @@ pub struct CreateOptions {
     pub max_append: Option<u64>,
     /// Logical block size, bytes.
     pub block_size: u32,
+    /// What only Zoned Namespaces have.
+    pub zns: ZnsOptions,
     /// Where the zone table goes; `PATH.zones` if `None`.
     pub sidecar: Option<PathBuf>,
     /// Replace an image that is there.
@@ -63,6 +97,7 @@ impl CreateOptions {
             max_active: 0,
             max_append: None,
             block_size: DEFAULT_BLOCK_SIZE,
+            zns: ZnsOptions::default(),
             sidecar: None,
             force: false,
         }
@@ -82,7 +117,7 @@ impl CreateOptions {
             max_open: self.max_open.unwrap_or(self.max_active),
             max_active: self.max_active,
             max_append: self.max_append.unwrap_or(default_append(zone_capacity)),
-            zns: Zns::NONE,
+            zns: self.zns.zns(self.block_size),
         })
     }
 }

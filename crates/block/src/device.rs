@@ -264,6 +264,15 @@ impl Device {
         }
     }
 
+    /// Keeps the bytes of a zone's descriptor extension, durably, before [`Device::restore`] installs the record that speaks of
+    /// them. No record may speak of another one of the zone.
+    pub(crate) async fn keep_extension(&self, zone: ZoneNo, extension: &[u8]) -> Result<(), Error> {
+        match &self.root {
+            Root::Zoned(node) => node.keep_extension(zone, extension).await,
+            Root::Other(_) => Err(Error::NotSupported("zone descriptor extensions")),
+        }
+    }
+
     /// The node that holds the bytes whatever the zones say of them; the root itself without zones.
     pub(crate) fn below(&self) -> &dyn Node {
         match &self.root {

@@ -23,7 +23,8 @@ mod zoned;
 
 pub use check::{CheckError, CheckOutcome, ZoneCheck, check};
 pub use create::{
-    CreateError, CreateOptions, Created, DEFAULT_BLOCK_SIZE, DEFAULT_ZONE_SIZE, create, default_append,
+    CreateError, CreateOptions, Created, DEFAULT_BLOCK_SIZE, DEFAULT_ZONE_SIZE, ZnsOptions, create,
+    default_append,
 };
 pub use device::Device;
 pub use error::{Error, OpenError, errno_of};

@@ -300,6 +300,12 @@ pub trait Node: Send + Sync {
         })
     }
 
+    /// The sequential zone at that range takes writes in any order from now on, until [`Node::release`]: what is not written
+    /// yet above a write matters too. For nodes that make use of the order of writes.
+    fn write_anywhere<'a>(&'a self, _range: Range<u64>) -> Request<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// Appends `buf` to the zone that starts at `zone_start`; the answer is the byte offset it got.
     fn append<'a>(&'a self, _lane: &'a Lane, _buf: IoBuf, _zone_start: u64) -> Request<'a, u64> {
         Box::pin(async { Err(Error::NotSupported("zone append")) })

@@ -152,6 +152,11 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
         ZoneError::OutOfRange { .. } => Status::LBA_OUT_OF_RANGE,
         ZoneError::Boundary { .. } | ZoneError::ExceedsCapacity { .. } => Status::ZONE_BOUNDARY_ERROR,
         ZoneError::NotAtWritePointer { .. } => Status::ZONE_INVALID_WRITE,
+        ZoneError::OutsideRandomWriteArea { .. } => match kind {
+            // The end of a commit.
+            Kind::Manage => Status::ZONE_BOUNDARY_ERROR,
+            Kind::Read | Kind::Write => Status::ZONE_INVALID_WRITE,
+        },
         ZoneError::Full { .. } => condition(Status::ZONE_IS_FULL),
         ZoneError::ReadOnly { .. } => condition(Status::ZONE_IS_READ_ONLY),
         ZoneError::Offline { .. } => condition(Status::ZONE_IS_OFFLINE),
@@ -163,6 +168,7 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
         ZoneError::Unaligned { .. }
         | ZoneError::NotZoneStart { .. }
         | ZoneError::AppendTooLarge { .. }
+        | ZoneError::NotRandomWritable { .. }
         // Namespaces have no such zones.
         | ZoneError::Conventional { .. }
         | ZoneError::NotSequentialRequired { .. } => Status::INVALID_FIELD,

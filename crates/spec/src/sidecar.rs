@@ -8,11 +8,15 @@
 //! 8192         table block 0, copy 0     each block: 64-byte block header + 63 entries of 64 bytes
 //! 12288        table block 0, copy 1
 //! 16384        table block 1, copy 0     ...
+//! then         slots of zone descriptor extensions, one a zone, where the device has extensions
 //! ```
 //!
 //! Header and blocks are written alternately to their two copies (generation modulo 2), each copy with a CRC-32C
 //! over its 4096 bytes, and a copy is overwritten only after the other one was synced: a torn write leaves the
 //! older copy. A block whose copies are all zeros was never written and holds empty zones.
+//!
+//! An extension is never overwritten while an entry speaks of it, so a slot has no second copy: its bytes are synced before
+//! the entry is written that has their checksum.
 //!
 //! The run state holds one 64-bit word a zone behind a 4096-byte header; it is only believed where the header
 //! names the same boot, image, epoch and files (see [`RunHeader`]).
@@ -32,8 +36,10 @@ pub const MAGIC: [u8; 8] = *b"ZBDZONES";
 pub const BLOCK_MAGIC: [u8; 4] = *b"ZTBL";
 /// First bytes of a run state.
 pub const RUN_MAGIC: [u8; 8] = *b"ZBDRUNST";
-/// The only version so far, of sidecar and run state.
+/// The version of run states, and of sidecars without [`Header::zns_flags`] and the fields before it, which are zeros there.
 pub const VERSION: u32 = 1;
+/// The version of sidecars of devices with zone random write areas or descriptor extensions.
+pub const VERSION_ZNS: u32 = 2;
 
 /// An epoch is open: its run state (or, failing that, the table) tells the written ends.
 pub const OPEN: u8 = 1;
@@ -58,7 +64,7 @@ pub struct FileStamp {
 pub struct Header {
     /// [`MAGIC`].
     pub magic: [u8; 8],
-    /// [`VERSION`].
+    /// [`VERSION`] or [`VERSION_ZNS`].
     pub version: U32,
     /// CRC-32C of the copy's 4096 bytes with this field zero.
     pub crc: U32,
@@ -99,8 +105,18 @@ pub struct Header {
     /// The last epoch whose unflushed writes may be lost, 0 if none since the last clean close: kept here so that an
     /// opening which ends before anybody heard of it is no silence.
     pub lost_epoch: U64,
-    /// Reserved for zone descriptor extensions and ZRWA, zero.
-    pub reserved: [u8; 56],
+    /// Size of a zone random write area, bytes; 0 where the device has none.
+    pub zrwa_size: U64,
+    /// The write pointer of a zone with such an area moves by multiples of this, bytes.
+    pub zrwa_granularity: U64,
+    /// Most zones with such an area, 0 for no limit.
+    pub zrwa_count: U32,
+    /// Size of a zone descriptor extension, bytes; 0 where the device has none.
+    pub extension_size: U32,
+    /// [`ZNS_EXPLICIT_COMMIT`]; other bits zero.
+    pub zns_flags: u8,
+    /// Zero.
+    pub reserved: [u8; 31],
     /// Path of the run state, not terminated.
     pub place: [u8; 1024],
     /// Zero.
@@ -108,11 +124,17 @@ pub struct Header {
 }
 const _: () = assert!(size_of::<Header>() == BLOCK);
 
+/// Pointers of zones with a random write area can be moved by command.
+pub const ZNS_EXPLICIT_COMMIT: u8 = 1;
+/// Slots of descriptor extensions are whole multiples of this many bytes, so that one can be written whatever alignment
+/// direct I/O demands. What is behind the extension in its slot is zeros.
+pub const EXTENSION_SLOT: u32 = BLOCK as u32;
+
 /// One zone in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Entry {
-    /// Written end, bytes from the zone's start.
+    /// Written end, bytes from the zone's start; with [`ATTRIBUTE_ZRWA`] the write pointer, behind which the area begins.
     pub written: U64,
     /// Bytes written to the zone since the image was made.
     pub bytes_written: U64,
@@ -122,10 +144,14 @@ pub struct Entry {
     pub finishes: U32,
     /// [`ENTRY_FINISHED`], [`ENTRY_READ_ONLY`], [`ENTRY_OFFLINE`]; others zero.
     pub flags: u8,
-    /// Zone attributes of ZNS; zero so far.
+    /// Zone attributes with the bits of ZNS (Zone Descriptor, ZA): [`ATTRIBUTE_BY_DEVICE`] and so on; others zero.
     pub attributes: u8,
-    /// Reserved for ZRWA, zero.
-    pub reserved: [u8; 38],
+    /// Zero.
+    pub padding: [u8; 2],
+    /// CRC-32C of the zone's descriptor extension (all bytes of the device's extension size), with [`ATTRIBUTE_EXTENSION`].
+    pub extension_crc: U32,
+    /// Zero.
+    pub reserved: [u8; 32],
 }
 const _: () = assert!(size_of::<Entry>() == 64);
 
@@ -135,6 +161,17 @@ pub const ENTRY_FINISHED: u8 = 1;
 pub const ENTRY_READ_ONLY: u8 = 2;
 /// The operator took the zone offline.
 pub const ENTRY_OFFLINE: u8 = 4;
+
+/// The device finished the zone by itself (ZFC).
+pub const ATTRIBUTE_BY_DEVICE: u8 = 1 << 0;
+/// The device recommends to finish the zone (FZR).
+pub const ATTRIBUTE_FINISH_RECOMMENDED: u8 = 1 << 1;
+/// The device recommends to reset the zone (RZR).
+pub const ATTRIBUTE_RESET_RECOMMENDED: u8 = 1 << 2;
+/// The zone has a random write area (ZRWAV).
+pub const ATTRIBUTE_ZRWA: u8 = 1 << 3;
+/// The zone has a descriptor extension (ZDEV).
+pub const ATTRIBUTE_EXTENSION: u8 = 1 << 7;
 
 /// One copy of a table block.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]

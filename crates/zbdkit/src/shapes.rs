@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Serialize, Serializer};
-use zbdkit_zone::{Condition, Counters, Geometry, GeometrySpec, Model, ZoneInfo, ZoneType};
+use zbdkit_zone::{Condition, Counters, Geometry, GeometrySpec, Model, Zns, ZoneInfo, ZoneType, Zrwa};
 
 /// The zones of a device.
 #[derive(Debug, Serialize)]
@@ -23,6 +23,37 @@ pub struct Zoned {
     pub max_active: u32,
     /// 0: no zone append.
     pub max_append: u64,
+    /// Zone random write areas, if the device has them.
+    pub zrwa: Option<ZrwaShape>,
+    /// Bytes of a zone descriptor extension; 0: none.
+    pub extension_size: u32,
+}
+
+/// The zone random write areas of a device.
+#[derive(Debug, Serialize)]
+pub struct ZrwaShape {
+    pub size: u64,
+    pub granularity: u64,
+    /// 0: no limit.
+    pub max: u32,
+    pub explicit_commit: bool,
+}
+
+impl ZrwaShape {
+    pub fn of(zrwa: Zrwa) -> ZrwaShape {
+        let Zrwa {
+            size,
+            granularity,
+            count,
+            explicit_commit,
+        } = zrwa;
+        ZrwaShape {
+            size,
+            granularity,
+            max: count,
+            explicit_commit,
+        }
+    }
 }
 
 impl Zoned {
@@ -37,7 +68,7 @@ impl Zoned {
             max_append,
             size: _,
             block_size: _,
-            zns: _,
+            zns: Zns { zrwa, extension_size },
         } = *geometry.spec();
         Zoned {
             model: model_name(model),
@@ -48,6 +79,8 @@ impl Zoned {
             max_open,
             max_active,
             max_append,
+            zrwa: zrwa.map(ZrwaShape::of),
+            extension_size,
         }
     }
 }

@@ -8,11 +8,15 @@
 //! Writes only stamp their zone. The heap here holds an entry for each implicitly open zone with the stamp it
 //! had when it was opened or last looked at; entries are corrected when they come up. So the order is exact
 //! (but for writes that race with the eviction itself) and a write never takes this lock.
+//!
+//! Random write areas are counted here as well: a zone holds one from its allocation on, whatever its condition becomes
+//! meanwhile, until the area is released.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use crate::error::ZoneError;
+use crate::geometry::Geometry;
 use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock};
 use crate::types::{Condition, ZoneNo};
 
@@ -25,6 +29,7 @@ pub(crate) trait Conditions {
 pub(crate) struct Accounting {
     max_open: u32,
     max_active: u32,
+    max_areas: u32,
     counts: Mutex<Counts>,
     /// When each zone was last written or opened. Empty where nothing is evicted for want of an open limit.
     stamps: Box<[AtomicU64]>,
@@ -36,20 +41,24 @@ struct Counts {
     implicit: u32,
     explicit: u32,
     closed: u32,
+    /// Zones with a random write area.
+    areas: u32,
     /// Oldest first. Has an entry for each implicitly open zone; may have stale and double ones.
     recent: BinaryHeap<Reverse<(u64, ZoneNo)>>,
 }
 
 impl Accounting {
-    pub(crate) fn new(zones: u32, max_open: u32, max_active: u32) -> Self {
-        let stamps = if max_open == 0 { 0 } else { zones };
+    pub(crate) fn new(geometry: &Geometry) -> Self {
+        let max_open = geometry.max_open();
+        let stamps = if max_open == 0 { 0 } else { geometry.nr_zones() };
         let mut counts = Counts::default();
         if max_open != 0 {
             counts.recent.reserve_exact(recent_limit(max_open));
         }
         Self {
             max_open,
-            max_active,
+            max_active: geometry.max_active(),
+            max_areas: geometry.zrwa().map_or(0, |zrwa| zrwa.count),
             counts: Mutex::new(counts),
             stamps: (0..stamps).map(|_| AtomicU64::new(0)).collect(),
             // Ahead of every stamp: a zone that was never used is not the most recent one.
@@ -57,9 +66,11 @@ impl Accounting {
         }
     }
 
-    /// Counts a zone that has this condition from the beginning.
-    pub(crate) fn count_initial(&self, condition: Condition) {
-        if let Some(count) = lock(&self.counts).of(condition) {
+    /// Counts a zone that has this condition, and maybe a random write area, from the beginning.
+    pub(crate) fn count_initial(&self, condition: Condition, area: bool) {
+        let mut counts = lock(&self.counts);
+        counts.areas += u32::from(area);
+        if let Some(count) = counts.of(condition) {
             *count += 1;
         }
     }
@@ -166,14 +177,38 @@ impl<C: Conditions> Change<'_, C> {
         Ok(())
     }
 
-    /// Whether a zone in this condition could be opened.
-    pub(crate) fn available(&self, from: Condition) -> Result<(), ZoneError> {
-        let &Accounting {
-            max_open, max_active, ..
-        } = self.accounting;
+    /// Whether a zone in this condition could be active.
+    pub(crate) fn active_available(&self, from: Condition) -> Result<(), ZoneError> {
+        let max_active = self.accounting.max_active;
         if max_active != 0 && !from.is_active() && self.counts.active() >= max_active {
             return Err(ZoneError::TooManyActive { limit: max_active });
         }
+        Ok(())
+    }
+
+    /// Whether the zone could get a random write area.
+    pub(crate) fn area_available(&self, zone: ZoneNo) -> Result<(), ZoneError> {
+        let max_areas = self.accounting.max_areas;
+        if max_areas != 0 && self.counts.areas >= max_areas {
+            return Err(ZoneError::NoRandomWriteArea { zone });
+        }
+        Ok(())
+    }
+
+    /// A zone gets a random write area, whether one is left or not.
+    pub(crate) fn take_area(&mut self) {
+        self.counts.areas += 1;
+    }
+
+    /// A zone's random write area is free again.
+    pub(crate) fn release_area(&mut self) {
+        self.counts.areas -= 1;
+    }
+
+    /// Whether a zone in this condition could be opened.
+    pub(crate) fn available(&self, from: Condition) -> Result<(), ZoneError> {
+        self.active_available(from)?;
+        let max_open = self.accounting.max_open;
         if max_open != 0 && self.counts.explicit >= max_open {
             return Err(ZoneError::TooManyOpen { limit: max_open });
         }

@@ -1,6 +1,6 @@
 //! Admission: what may be written and read, in the order in which the rules are checked.
 
-use crate::engine::Engine;
+use crate::engine::{Engine, ZRWA};
 use crate::error::{Refused, ZoneError};
 use crate::permit::{Order, ReadPermit, WritePermit};
 use crate::rules::{Appends, Writable, writable};
@@ -13,7 +13,8 @@ impl Engine {
     ///
     /// # Errors
     /// The first rule that it breaks: range, alignment, zone boundary, offline, read-only, full, not at the
-    /// write pointer, beyond the capacity, active resources, open resources. `Busy` and `NoSlot`: try later.
+    /// write pointer (or outside of the random write area), beyond the capacity, active resources, open resources. `Busy`
+    /// and `NoSlot`: try later.
     pub fn admit_write(&self, pool: &mut SlotPool, offset: u64, len: u64) -> Result<WritePermit, Refused> {
         let end = self.geometry.range(offset, len)?;
         self.geometry.blocks(offset, len)?;
@@ -43,7 +44,7 @@ impl Engine {
     ///
     /// # Errors
     /// The first rule that it breaks: range, zone start, conventional, not sequential-required, no append,
-    /// alignment, too large, then as for a write.
+    /// alignment, too large, a random write area, then as for a write.
     pub fn admit_append(
         &self,
         pool: &mut SlotPool,
@@ -75,6 +76,9 @@ impl Engine {
         let start = self.geometry.start(zone);
         let mut z = self.lock(zone);
         z.admits_writes()?;
+        if z.is(ZRWA) {
+            return self.admit_window(z, offset, len);
+        }
         let condition = z.condition();
         let writable = Writable {
             zone,
@@ -194,7 +198,7 @@ impl Engine {
         z.not_busy()?;
         readable(zone, z.condition())?;
         z.refs += 1;
-        let written_end = self.geometry.start(zone) + z.done;
+        let written_end = self.geometry.start(zone) + self.data_len(&z);
         Ok(permit(zone, written_end.saturating_sub(offset).min(len)))
     }
 
@@ -238,7 +242,7 @@ impl Engine {
     }
 
     /// Makes sure that the zone is open and counts as just used. Called under its lock.
-    fn open_for_write(&self, zone: ZoneNo, condition: Condition) -> Result<(), ZoneError> {
+    pub(crate) fn open_for_write(&self, zone: ZoneNo, condition: Condition) -> Result<(), ZoneError> {
         if condition.is_open() {
             self.accounting.touch(zone);
             return Ok(());

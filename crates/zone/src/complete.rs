@@ -1,6 +1,6 @@
 //! The end of writes and reads: in what order writes are acknowledged, and what a failed one drags along.
 
-use crate::engine::{Engine, FAILING, Locked};
+use crate::engine::{ADVISE_FINISH, Engine, FAILING, Locked, ZRWA};
 use crate::permit::{Completion, Events, Order, Pending, Prefix, ReadPermit, WritePermit, used};
 use crate::slots::{NIL, State};
 use crate::types::{Condition, ZoneNo};
@@ -17,6 +17,7 @@ impl Engine {
         let result = result.map_err(errno);
         let completion = match permit.order {
             Order::Required { slot } => self.complete_ordered(permit.zone, slot, result, events),
+            Order::Window { pointer } => self.complete_window(&permit, pointer, result, events),
             Order::Preferred { .. } => self.complete_preferred(&permit, result, events),
             Order::Conventional { last } => self.complete_conventional(&permit, last, result, events),
         };
@@ -91,14 +92,24 @@ impl Engine {
     }
 
     /// Moves the written end to `end` after `bytes` were written.
-    fn grow(&self, z: &mut Locked<'_>, end: u64, bytes: u64, events: &impl Events) {
+    pub(crate) fn grow(&self, z: &mut Locked<'_>, end: u64, bytes: u64, events: &impl Events) {
         z.done = end;
         z.bytes_written = z.bytes_written.saturating_add(bytes);
         if end == self.geometry.capacity(z.no) {
-            self.accounting.change(&self.zones).set(z.no, Condition::Full);
+            self.become_full(z);
         }
         events.publish(z.no, end);
         self.dirty.mark(z.no);
+    }
+
+    /// The zone is written to its capacity: a random write area is free again, and nothing is to be finished any more.
+    fn become_full(&self, z: &mut Locked<'_>) {
+        let mut change = self.accounting.change(&self.zones);
+        change.set(z.no, Condition::Full);
+        if z.is(ZRWA) {
+            change.release_area();
+        }
+        z.clear(ZRWA | ADVISE_FINISH);
     }
 
     /// A write of the list failed. Those above it leave the list with it: what is written already fails now,
@@ -146,7 +157,7 @@ impl Engine {
     }
 
     /// Lets go of `n` failed writes.
-    fn end_failed(&self, mut z: Locked<'_>, n: u32, events: &impl Events) {
+    pub(crate) fn end_failed(&self, mut z: Locked<'_>, n: u32, events: &impl Events) {
         let drained = z.release(n);
         let settled = self.settle(&mut z);
         let zone = z.no;
@@ -168,9 +179,9 @@ impl Engine {
 
     /// The next write goes to the written end. A zone that a failed write opened is empty again; one that was
     /// opened by command stays open.
-    fn roll_back(&self, z: &mut Locked<'_>) {
+    pub(crate) fn roll_back(&self, z: &mut Locked<'_>) {
         z.next = z.done;
-        if z.done == 0 {
+        if z.done == 0 && !z.is_more_than_empty() {
             let mut change = self.accounting.change(&self.zones);
             if matches!(
                 change.condition(z.no),
@@ -233,7 +244,7 @@ impl Engine {
         }
     }
 
-    fn unordered(&self, zone: ZoneNo, last: ZoneNo, written: u64, advanced: bool) -> Prefix {
+    pub(crate) fn unordered(&self, zone: ZoneNo, last: ZoneNo, written: u64, advanced: bool) -> Prefix {
         Prefix {
             engine: self.id,
             zone,

@@ -10,12 +10,12 @@ use std::sync::Arc;
 use crate::accounting::{Accounting, Conditions};
 use crate::dirty::Dirty;
 use crate::error::{RecordError, Refused, ZoneError};
-use crate::geometry::Geometry;
+use crate::geometry::{Geometry, Zrwa};
 use crate::lost::{self, EngineId, Lost};
 use crate::permit::Pending;
 use crate::slots::{Arena, NIL, SlotPool, State};
-use crate::sync::{AtomicU8, AtomicU64, Mutex, MutexGuard, Ordering, lock};
-use crate::types::{Condition, Counters, ZoneNo, ZoneRecord, ZoneType};
+use crate::sync::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Mutex, MutexGuard, Ordering, lock};
+use crate::types::{Attributes, Condition, Counters, Recommendation, ZoneNo, ZoneRecord, ZoneType};
 
 /// The zones of one image. Shared by reference among all threads that use it.
 ///
@@ -45,23 +45,36 @@ pub(crate) struct Zone {
     /// zone's own, otherwise with it.
     condition: AtomicU8,
     /// [`BUSY`] and so on. Touched under the zone's lock only; here because there is room.
-    flags: AtomicU8,
+    flags: AtomicU16,
+    /// Checksum of the descriptor extension, where [`EXTENSION`] is set. Touched under the zone's lock only.
+    extension: AtomicU32,
 }
 
 /// An exclusive operation has the zone.
-pub(crate) const BUSY: u8 = 1;
+pub(crate) const BUSY: u16 = 1;
 /// A write failed and others of the zone are still in flight.
-pub(crate) const FAILING: u8 = 2;
+pub(crate) const FAILING: u16 = 2;
 /// A request was dropped before its end.
-pub(crate) const POISONED: u8 = 4;
+pub(crate) const POISONED: u16 = 4;
 /// The zone was finished.
-pub(crate) const FINISHED: u8 = 8;
+pub(crate) const FINISHED: u16 = 8;
+/// The zone has a random write area.
+pub(crate) const ZRWA: u16 = 16;
+/// The zone has a descriptor extension.
+pub(crate) const EXTENSION: u16 = 32;
+/// The device finished the zone.
+pub(crate) const BY_DEVICE: u16 = 64;
+/// The device recommends to finish the zone.
+pub(crate) const ADVISE_FINISH: u16 = 128;
+/// The device recommends to reset the zone.
+pub(crate) const ADVISE_RESET: u16 = 256;
 
 /// What a zone's lock protects. Positions are bytes from the zone's start.
 pub(crate) struct Seq {
-    /// Where the next write must start; the highest end admitted in a sequential-preferred zone.
+    /// Where the next write must start; the highest end admitted in a sequential-preferred zone; where the pointer of a zone
+    /// with a random write area stands once all that was admitted is written.
     pub(crate) next: u64,
-    /// The written end.
+    /// The written end; with a random write area, the write pointer.
     pub(crate) done: u64,
     pub(crate) bytes_written: u64,
     pub(crate) resets: u32,
@@ -73,7 +86,7 @@ pub(crate) struct Seq {
     /// Reads, and writes that are neither acknowledged nor failed.
     pub(crate) refs: u32,
     /// Writes whose I/O is not over: in a sequential-required zone only those above a failed one, in a
-    /// sequential-preferred zone all.
+    /// sequential-preferred zone and in a random write area all.
     pub(crate) outstanding: u32,
 }
 
@@ -113,7 +126,7 @@ impl Engine {
         mut initial: impl FnMut(ZoneNo) -> ZoneRecord,
     ) -> Result<Self, RecordError> {
         let nr_zones = geometry.nr_zones();
-        let accounting = Accounting::new(nr_zones, geometry.max_open(), geometry.max_active());
+        let accounting = Accounting::new(&geometry);
         let mut zones = Vec::new();
         zones
             .try_reserve_exact(nr_zones as usize)
@@ -122,7 +135,7 @@ impl Engine {
             let record = initial(zone);
             check_record(&geometry, zone, &record)?;
             let condition = record.condition(geometry.zone_type(zone), geometry.capacity(zone));
-            accounting.count_initial(condition);
+            accounting.count_initial(condition, record.zrwa);
             zones.push(Zone::new(&record, condition));
         }
         Ok(Self {
@@ -238,9 +251,26 @@ impl Zone {
         Self {
             seq: Mutex::new(seq),
             condition: AtomicU8::new(condition as u8),
-            flags: AtomicU8::new(if record.finished { FINISHED } else { 0 }),
+            flags: AtomicU16::new(lasting_flags(record)),
+            extension: AtomicU32::new(record.extension.unwrap_or(0)),
         }
     }
+}
+
+/// The flags that come from a record.
+const LASTING: u16 = FINISHED | ZRWA | EXTENSION | BY_DEVICE | ADVISE_FINISH | ADVISE_RESET;
+
+fn lasting_flags(record: &ZoneRecord) -> u16 {
+    let flag = |set: bool, flag: u16| if set { flag } else { 0 };
+    flag(record.finished, FINISHED)
+        | flag(record.zrwa, ZRWA)
+        | flag(record.extension.is_some(), EXTENSION)
+        | flag(record.finished_by_device, BY_DEVICE)
+        | match record.recommended {
+            None => 0,
+            Some(Recommendation::Finish) => ADVISE_FINISH,
+            Some(Recommendation::Reset) => ADVISE_RESET,
+        }
 }
 
 /// A zone with its lock held.
@@ -256,17 +286,18 @@ impl Locked<'_> {
         Condition::of_bits(self.zone.condition.load(Ordering::Acquire))
     }
 
-    pub(crate) fn is(&self, flag: u8) -> bool {
+    /// Whether one of these flags is set.
+    pub(crate) fn is(&self, flag: u16) -> bool {
         self.zone.flags.load(Ordering::Relaxed) & flag != 0
     }
 
-    pub(crate) fn set(&mut self, flag: u8) {
+    pub(crate) fn set(&mut self, flag: u16) {
         self.zone
             .flags
             .store(self.zone.flags.load(Ordering::Relaxed) | flag, Ordering::Relaxed);
     }
 
-    pub(crate) fn clear(&mut self, flag: u8) {
+    pub(crate) fn clear(&mut self, flag: u16) {
         self.zone
             .flags
             .store(self.zone.flags.load(Ordering::Relaxed) & !flag, Ordering::Relaxed);
@@ -300,13 +331,50 @@ impl Locked<'_> {
         self.refs == 0 && self.is(BUSY)
     }
 
+    /// Takes from a record what is not a position, a counter or a condition.
+    pub(crate) fn set_lasting(&mut self, record: &ZoneRecord) {
+        self.clear(LASTING);
+        self.set(lasting_flags(record));
+        let extension = record.extension.unwrap_or(0);
+        self.zone.extension.store(extension, Ordering::Relaxed);
+    }
+
+    fn recommended(&self) -> Option<Recommendation> {
+        if self.is(ADVISE_FINISH) {
+            Some(Recommendation::Finish)
+        } else if self.is(ADVISE_RESET) {
+            Some(Recommendation::Reset)
+        } else {
+            None
+        }
+    }
+
+    pub(crate) fn attributes(&self) -> Attributes {
+        Attributes {
+            finished_by_device: self.is(BY_DEVICE),
+            recommended: self.recommended(),
+            zrwa: self.is(ZRWA),
+            extension: self.is(EXTENSION),
+        }
+    }
+
+    /// Whether the zone has something that an empty one cannot have, though nothing is written.
+    pub(crate) fn is_more_than_empty(&self) -> bool {
+        self.is(ZRWA | EXTENSION)
+    }
+
     pub(crate) fn record(&self) -> ZoneRecord {
         let condition = self.condition();
+        let checksum = self.zone.extension.load(Ordering::Relaxed);
         ZoneRecord {
             written: self.done,
             finished: self.is(FINISHED),
             read_only: condition == Condition::ReadOnly,
             offline: condition == Condition::Offline,
+            zrwa: self.is(ZRWA),
+            extension: self.is(EXTENSION).then_some(checksum),
+            finished_by_device: self.is(BY_DEVICE),
+            recommended: self.recommended(),
             counters: self.counters(),
         }
     }
@@ -340,7 +408,12 @@ pub(crate) fn check_record(
 ) -> Result<(), RecordError> {
     let written = record.written;
     if geometry.zone_type(zone) == ZoneType::Conventional {
-        let plain = written == 0 && !record.finished;
+        let plain = written == 0
+            && !record.finished
+            && !record.zrwa
+            && record.extension.is_none()
+            && !record.finished_by_device
+            && record.recommended.is_none();
         return if plain {
             Ok(())
         } else {
@@ -362,6 +435,14 @@ pub(crate) fn check_record(
             written,
             granularity,
         });
+    }
+    let may_have_area =
+        |area: Zrwa| !record.finished && written < capacity && written.is_multiple_of(area.granularity);
+    if record.zrwa && !geometry.zrwa().is_some_and(may_have_area) {
+        return Err(RecordError::RandomWriteArea { zone });
+    }
+    if record.extension.is_some() && geometry.extension_size() == 0 {
+        return Err(RecordError::Extension { zone });
     }
     Ok(())
 }

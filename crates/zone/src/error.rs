@@ -156,6 +156,28 @@ pub enum ZoneError {
         /// The zone.
         zone: ZoneNo,
     },
+    /// The operation is for zones with a random write area (ZRWA).
+    #[error("zone {zone} has no random write area")]
+    NotRandomWritable {
+        /// The zone.
+        zone: ZoneNo,
+    },
+    /// A write lies below or too far above the random write area (ZRWA), or a commit's end does not lie in it.
+    #[error(
+        "offset {offset:#x}, length {len:#x} does not lie in the random write area of zone {zone}, {start:#x} to {end:#x}"
+    )]
+    OutsideRandomWriteArea {
+        /// The zone.
+        zone: ZoneNo,
+        /// First byte of the request; where a commit ends.
+        offset: u64,
+        /// Its length; 0 for a commit.
+        len: u64,
+        /// The write pointer, at which the area begins.
+        start: u64,
+        /// The end of what the request may reach: of the area for a commit, of the region behind it for a write.
+        end: u64,
+    },
     /// A request in the zone was dropped before it was over, so nobody knows what the zone holds above its
     /// written end: it admits nothing until the image is opened again.
     #[error("zone {zone} lost track of a request and is unusable until the image is opened again")]
@@ -182,6 +204,18 @@ impl ZoneError {
                 *offset = offset.saturating_sub(bytes);
                 *end = end.saturating_sub(bytes);
             }
+            E::OutsideRandomWriteArea {
+                zone,
+                offset,
+                start,
+                end,
+                ..
+            } => {
+                zone.0 = zone.0.saturating_sub(zones);
+                for at in [offset, start, end] {
+                    *at = at.saturating_sub(bytes);
+                }
+            }
             E::NotAtWritePointer { zone, offset, wp } => {
                 zone.0 = zone.0.saturating_sub(zones);
                 *offset = offset.saturating_sub(bytes);
@@ -202,6 +236,7 @@ impl ZoneError {
             | E::InvalidTransition { zone, .. }
             | E::RandomWriteArea { zone }
             | E::NoRandomWriteArea { zone }
+            | E::NotRandomWritable { zone }
             | E::Poisoned { zone } => zone.0 = zone.0.saturating_sub(zones),
             E::TooManyOpen { .. }
             | E::TooManyActive { .. }
@@ -238,6 +273,19 @@ pub enum RecordError {
     /// A conventional zone with a write pointer, or finished.
     #[error("zone {zone} is conventional but its record has a write pointer")]
     Conventional {
+        /// The zone.
+        zone: ZoneNo,
+    },
+    /// A random write area where none can be: the device has none, the zone is full, or its pointer is not a multiple of the
+    /// granularity.
+    #[error("zone {zone} has a random write area that it cannot have")]
+    RandomWriteArea {
+        /// The zone.
+        zone: ZoneNo,
+    },
+    /// A descriptor extension, but the device has none.
+    #[error("zone {zone} has a descriptor extension, but the device has none")]
+    Extension {
         /// The zone.
         zone: ZoneNo,
     },
@@ -337,6 +385,49 @@ pub enum GeometryError {
         /// The active limit.
         max_active: u32,
     },
+    /// What only Zoned Namespaces have on a device that cannot be one.
+    #[error("zone random write areas and descriptor extensions are for host-managed devices")]
+    ZnsHostAware,
+    /// The granularity of random write areas is not whole blocks.
+    #[error("ZRWA granularity {granularity} is not a multiple of the block size {block_size}")]
+    ZrwaGranularity {
+        /// The granularity.
+        granularity: u64,
+        /// The block size.
+        block_size: u32,
+    },
+    /// Random write areas of no size.
+    #[error("ZRWA size must not be 0 where a granularity or a number of ZRWAs is given")]
+    ZrwaSizeZero,
+    /// The size of random write areas is not whole granules.
+    #[error("ZRWA size {size} is not a multiple of the ZRWA granularity {granularity}")]
+    ZrwaSize {
+        /// The size.
+        size: u64,
+        /// The granularity.
+        granularity: u64,
+    },
+    /// The size of random write areas is out of range.
+    #[error("ZRWA size {size} is too large: it can be at most {max}, so many blocks or the zone capacity")]
+    ZrwaTooLarge {
+        /// The size.
+        size: u64,
+        /// The largest possible.
+        max: u64,
+    },
+    /// More zones may have a random write area than be active.
+    #[error(
+        "max ZRWA {count} is more than max active zones {max_active}: a zone with a ZRWA is active, so it must be at most {max_active}"
+    )]
+    ZrwaAboveActive {
+        /// The limit of areas.
+        count: u32,
+        /// The active limit.
+        max_active: u32,
+    },
+    /// The size of a descriptor extension is not one that a descriptor can tell.
+    #[error("zone descriptor extension size {0} is not a multiple of 64 up to 16320")]
+    ExtensionSize(u32),
     /// Not even one block can be appended.
     #[error("max append {max_append} is less than the block size {block_size} (0 means no zone append)")]
     AppendTooSmall {

@@ -2,11 +2,14 @@
 
 use crate::error::{GeometryError, ZoneError};
 use crate::rules;
-use crate::types::{Model, ZoneNo, ZoneType};
+use crate::types::{Model, ZoneNo, ZoneRecord, ZoneType};
 
 /// The most zones a device can have. The engine takes 64 bytes of memory a zone, and an image that claims
 /// more than this is more likely forged than useful.
 pub const MAX_ZONES: u32 = 1 << 24;
+
+/// The longest zone descriptor extension, bytes: the data structures of NVMe count 64 bytes by 8 bits.
+pub const MAX_EXTENSION_SIZE: u32 = 255 * 64;
 
 /// The figures that a [`Geometry`] is made from. Sizes are bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +41,7 @@ pub struct GeometrySpec {
 pub struct Zns {
     /// Zone random write areas, where the device has them.
     pub zrwa: Option<Zrwa>,
-    /// Bytes of a zone descriptor extension: a multiple of 64, at most 16320; 0 for none.
+    /// Bytes of a zone descriptor extension: a multiple of 64, at most [`MAX_EXTENSION_SIZE`]; 0 for none.
     pub extension_size: u32,
 }
 
@@ -81,6 +84,7 @@ impl Geometry {
     pub fn new(mut spec: GeometrySpec) -> Result<Self, GeometryError> {
         let nr_zones = check_sizes(&spec)?;
         check_limits(&spec, nr_zones)?;
+        check_zns(&spec)?;
         let sequential = nr_zones - spec.nr_conventional;
         for limit in [&mut spec.max_open, &mut spec.max_active] {
             if *limit >= sequential {
@@ -220,6 +224,19 @@ impl Geometry {
         }
     }
 
+    /// The end of the bytes that can hold data in a sequential zone with that record; above it zeros are read. Absolute.
+    pub fn data_end(&self, zone: ZoneNo, record: &ZoneRecord) -> u64 {
+        self.start(zone) + self.data_len(zone, record.written, record.zrwa)
+    }
+
+    /// The same from the zone's start, for a written end, which is a write pointer where the zone has a random write area.
+    pub(crate) fn data_len(&self, zone: ZoneNo, written: u64, zrwa: bool) -> u64 {
+        match self.spec.zns.zrwa.filter(|_| zrwa) {
+            Some(area) => (written + area.size).min(self.capacity(zone)),
+            None => written,
+        }
+    }
+
     /// Whether the zone is conventional.
     pub fn is_conventional(&self, zone: ZoneNo) -> bool {
         zone.0 < self.spec.nr_conventional
@@ -334,6 +351,50 @@ fn check_limits(spec: &GeometrySpec, zones: u32) -> Result<(), GeometryError> {
     Ok(())
 }
 
+fn check_zns(spec: &GeometrySpec) -> Result<(), GeometryError> {
+    let &GeometrySpec { zns, block_size, .. } = spec;
+    if zns != Zns::NONE && spec.model == Model::HostAware {
+        return Err(GeometryError::ZnsHostAware);
+    }
+    if !zns.extension_size.is_multiple_of(64) || zns.extension_size > MAX_EXTENSION_SIZE {
+        return Err(GeometryError::ExtensionSize(zns.extension_size));
+    }
+    let Some(Zrwa {
+        size,
+        granularity,
+        count,
+        ..
+    }) = zns.zrwa
+    else {
+        return Ok(());
+    };
+    let block = u64::from(block_size);
+    if granularity == 0 || !granularity.is_multiple_of(block) {
+        return Err(GeometryError::ZrwaGranularity {
+            granularity,
+            block_size,
+        });
+    }
+    if size == 0 {
+        return Err(GeometryError::ZrwaSizeZero);
+    }
+    if !size.is_multiple_of(granularity) {
+        return Err(GeometryError::ZrwaSize { size, granularity });
+    }
+    // Blocks are counted by 16 bits in the data structures of NVMe.
+    let max = spec.zone_capacity.min(block * u64::from(u16::MAX));
+    if size > max {
+        return Err(GeometryError::ZrwaTooLarge { size, max });
+    }
+    if spec.max_active != 0 && count > spec.max_active {
+        return Err(GeometryError::ZrwaAboveActive {
+            count,
+            max_active: spec.max_active,
+        });
+    }
+    Ok(())
+}
+
 #[cfg(all(test, not(feature = "shuttle")))]
 mod tests {
     use super::*;
@@ -350,6 +411,29 @@ mod tests {
         max_append: 1 << 20,
         zns: Zns::NONE,
     };
+
+    fn zrwa(size: u64, granularity: u64, count: u32) -> GeometrySpec {
+        let zrwa = Some(Zrwa {
+            size,
+            granularity,
+            count,
+            explicit_commit: true,
+        });
+        GeometrySpec {
+            zns: Zns { zrwa, ..Zns::NONE },
+            ..SPEC
+        }
+    }
+
+    fn extension(extension_size: u32) -> GeometrySpec {
+        GeometrySpec {
+            zns: Zns {
+                extension_size,
+                ..Zns::NONE
+            },
+            ..SPEC
+        }
+    }
 
     fn refused(spec: GeometrySpec) -> String {
         Geometry::new(spec).expect_err("refused").to_string()
@@ -518,6 +602,31 @@ mod tests {
             ),
             (
                 GeometrySpec {
+                    model: Model::HostAware,
+                    ..zrwa(1 << 20, 65536, 4)
+                },
+                "for host-managed devices",
+            ),
+            (zrwa(1 << 20, 0, 4), "granularity 0 is not a multiple"),
+            (zrwa(1 << 20, 6000, 4), "not a multiple of the block size 4096"),
+            (zrwa(0, 4096, 4), "ZRWA size must not be 0"),
+            (
+                zrwa(65536, 12288, 4),
+                "not a multiple of the ZRWA granularity 12288",
+            ),
+            (zrwa(49 << 20, 4096, 4), "at most 50331648"),
+            (
+                GeometrySpec {
+                    block_size: 512,
+                    ..zrwa(32 << 20, 512, 4)
+                },
+                "at most 33553920",
+            ),
+            (zrwa(1 << 20, 4096, 9), "must be at most 8"),
+            (extension(32), "size 32 is not a multiple of 64"),
+            (extension(16384), "up to 16320"),
+            (
+                GeometrySpec {
                     size: 1 << 50,
                     zone_size: 4096,
                     zone_capacity: 4096,
@@ -540,6 +649,8 @@ mod tests {
             let said = refused(spec);
             assert!(said.contains(message), "{said:?} does not say {message:?}");
         }
-        Geometry::new(SPEC).expect("not everything is refused");
+        for spec in [SPEC, zrwa(1 << 20, 65536, 8), extension(16320)] {
+            Geometry::new(spec).expect("not everything is refused");
+        }
     }
 }

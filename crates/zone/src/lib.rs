@@ -18,8 +18,7 @@
 //! Offsets and lengths are bytes. Positions within a zone (`written` in [`ZoneRecord`], [`Prefix`] and
 //! [`Events::publish`]) count from the zone's start; all others are absolute.
 //!
-//! Not here yet: ZRWA windows (they get a fourth kind of permit beside ordered, preferred and conventional in
-//! `permit.rs`) and zone descriptor extensions and attributes (they join [`ZoneRecord`] and [`ZoneInfo`]).
+//! The bytes of zone descriptor extensions are kept elsewhere; a zone's record has their checksum.
 
 mod accounting;
 mod admit;
@@ -38,10 +37,11 @@ pub mod rules;
 mod slots;
 mod sync;
 mod types;
+mod window;
 
 pub use engine::{Engine, Resources};
 pub use error::{GeometryError, RecordError, Refused, ZoneError};
-pub use geometry::{Geometry, GeometrySpec, MAX_ZONES, Zns, Zrwa};
+pub use geometry::{Geometry, GeometrySpec, MAX_EXTENSION_SIZE, MAX_ZONES, Zns, Zrwa};
 pub use permit::{Completion, Events, ExclusivePermit, Pending, Prefix, ReadPermit, WritePermit};
 pub use slots::{MAX_SLOTS, SlotPool};
 pub use types::{

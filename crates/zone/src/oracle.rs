@@ -4,8 +4,8 @@
 //! It is told which request is meant by a number that the caller chooses.
 
 use crate::{
-    Attributes, CloseEmpty, Condition as C, ExclusiveOp, Geometry, Refused, Resources, ZoneError as E,
-    ZoneInfo, ZoneNo, ZoneRecord, ZoneType as T,
+    Attributes, CloseEmpty, Condition as C, ExclusiveOp, Geometry, Recommendation, Refused, Resources,
+    ZoneError as E, ZoneInfo, ZoneNo, ZoneRecord, ZoneType as T, Zrwa,
 };
 
 /// What the oracle says of a completed write.
@@ -37,9 +37,13 @@ struct Zone {
     record: ZoneRecord,
     /// Highest end admitted; matters in sequential-preferred zones only.
     high: u64,
+    /// Where the pointer of a zone with a random write area stands once all that was admitted is written.
+    pointer: u64,
     used: u64,
     busy: bool,
     failing: bool,
+    /// What an operation that reserved resources has changed: the condition before, and whether it reserved an area.
+    reserved: Option<(C, bool)>,
 }
 
 /// A write that is neither acknowledged nor failed. Positions are absolute.
@@ -51,6 +55,8 @@ struct Write {
     last: u32,
     start: u64,
     end: u64,
+    /// In a random write area: where the pointer stands when it is written, from the zone's start.
+    pointer: Option<u64>,
     io_over: bool,
     doomed: Option<i32>,
 }
@@ -65,9 +71,11 @@ impl Oracle {
                 condition,
                 record,
                 high: record.written,
+                pointer: record.written,
                 used: 0,
                 busy: false,
                 failing: false,
+                reserved: None,
             }
         });
         let zones = zones.collect();
@@ -215,6 +223,9 @@ impl Oracle {
             }
         }
         let (zone, kind) = (first, self.geometry.zone_type(first));
+        if self.zone(zone).record.zrwa {
+            return self.admit_in_area(id, offset, len, zone);
+        }
         let start = self.geometry.start(zone);
         let done = start + self.zone(zone).record.written;
         let mut next = done.max(start + self.zone(zone).high);
@@ -257,6 +268,7 @@ impl Oracle {
             last: last.0,
             start: offset,
             end: offset + len,
+            pointer: None,
             io_over: false,
             doomed: None,
         });
@@ -268,6 +280,144 @@ impl Oracle {
                 offset
             },
         ))
+    }
+
+    fn area(&self) -> Zrwa {
+        self.geometry.zrwa().expect("only where there are areas")
+    }
+
+    fn admit_in_area(
+        &mut self,
+        id: u64,
+        offset: Option<u64>,
+        len: u64,
+        zone: ZoneNo,
+    ) -> Result<(u64, u64), Refused> {
+        let Some(offset) = offset else {
+            return Err(E::RandomWriteArea { zone }.into());
+        };
+        let (zone_start, area) = (self.geometry.start(zone), self.area());
+        let start = zone_start + self.zone(zone).pointer;
+        let end = start + area.size + area.size;
+        if offset < start || offset + len > end {
+            return Err(E::OutsideRandomWriteArea {
+                zone,
+                offset,
+                len,
+                start,
+                end,
+            }
+            .into());
+        }
+        let end = zone_start + self.geometry.capacity(zone);
+        if offset + len > end {
+            return Err(E::ExceedsCapacity {
+                zone,
+                offset,
+                len,
+                end,
+            }
+            .into());
+        }
+        self.make_open(zone, C::ImplicitlyOpen)?;
+        let mut pointer = start;
+        while pointer + area.size < offset + len {
+            pointer += area.granularity;
+        }
+        self.clock += 1;
+        self.zone(zone).used = self.clock;
+        self.zone(zone).pointer = pointer - zone_start;
+        self.writes.push(Write {
+            id,
+            kind: T::SequentialRequired,
+            first: zone.0,
+            last: zone.0,
+            start: offset,
+            end: offset + len,
+            pointer: Some(pointer - zone_start),
+            io_over: false,
+            doomed: None,
+        });
+        Ok((offset, offset))
+    }
+
+    /// Moves the pointer of a zone with a random write area; the number is acknowledged like a write.
+    pub fn commit_zrwa(&mut self, id: u64, end: u64) -> Result<(), Refused> {
+        let size = self.geometry.size();
+        if end == 0 || end > size {
+            let offset = end.wrapping_sub(1);
+            return Err(E::OutOfRange { offset, len: 1, size }.into());
+        }
+        let zone = self.geometry.zone_of(end - 1);
+        let condition = match self.managed(zone) {
+            Err(Refused::Zone(error @ (E::Conventional { .. } | E::Offline { .. } | E::ReadOnly { .. }))) => {
+                if self.blocked(zone) && !self.geometry.is_conventional(zone) {
+                    return Err(Refused::Busy(zone));
+                }
+                return Err(error.into());
+            }
+            _ if self.blocked(zone) => return Err(Refused::Busy(zone)),
+            other => other?,
+        };
+        if !self.zone(zone).record.zrwa {
+            return Err(E::NotRandomWritable { zone }.into());
+        }
+        let (zone_start, area) = (self.geometry.start(zone), self.area());
+        let capacity_end = zone_start + self.geometry.capacity(zone);
+        let start = zone_start + self.zone(zone).pointer;
+        let area_end = (start + area.size).min(capacity_end);
+        if end <= start || end > area_end {
+            return Err(E::OutsideRandomWriteArea {
+                zone,
+                offset: end,
+                len: 0,
+                start,
+                end: area_end,
+            }
+            .into());
+        }
+        if end != capacity_end && !(end - zone_start).is_multiple_of(area.granularity) {
+            return Err(E::Unaligned {
+                offset: end,
+                len: 0,
+                granularity: area.granularity as u32,
+            }
+            .into());
+        }
+        debug_assert_ne!(condition, C::Empty);
+        self.make_open(zone, C::ImplicitlyOpen)?;
+        self.clock += 1;
+        let clock = self.clock;
+        let z = self.zone(zone);
+        z.used = clock;
+        z.pointer = end - zone_start;
+        z.record.written = end - zone_start;
+        if end == capacity_end {
+            self.fill(zone);
+        }
+        self.writes.push(Write {
+            id,
+            kind: T::SequentialRequired,
+            first: zone.0,
+            last: zone.0,
+            start: end,
+            end,
+            pointer: Some(end - zone_start),
+            io_over: true,
+            doomed: None,
+        });
+        Ok(())
+    }
+
+    /// The zone is written to its capacity.
+    fn fill(&mut self, zone: ZoneNo) {
+        let z = self.zone(zone);
+        z.condition = C::Full;
+        z.record.zrwa = false;
+        z.record.recommended = z
+            .record
+            .recommended
+            .filter(|what| *what != Recommendation::Finish);
     }
 
     fn make_open(&mut self, zone: ZoneNo, to: C) -> Result<(), Refused> {
@@ -293,12 +443,28 @@ impl Oracle {
     }
 
     fn resources_for(&self, condition: C) -> Result<(), E> {
-        let (open, active) = (self.geometry.max_open(), self.geometry.max_active());
-        if active != 0 && condition == C::Empty && self.count(C::is_active) >= active {
-            return Err(E::TooManyActive { limit: active });
-        }
+        self.active_resource_for(condition)?;
+        let open = self.geometry.max_open();
         if open != 0 && self.count(|c| c == C::ExplicitlyOpen) >= open {
             return Err(E::TooManyOpen { limit: open });
+        }
+        Ok(())
+    }
+
+    fn area_for(&self, zone: ZoneNo) -> Result<(), E> {
+        let has_one = |z: &&Zone| z.record.zrwa || z.reserved.is_some_and(|(_, area)| area);
+        let taken = self.zones.iter().filter(has_one).count();
+        match self.area().count {
+            0 => Ok(()),
+            count if taken < count as usize => Ok(()),
+            _ => Err(E::NoRandomWriteArea { zone }),
+        }
+    }
+
+    fn active_resource_for(&self, condition: C) -> Result<(), E> {
+        let active = self.geometry.max_active();
+        if active != 0 && condition == C::Empty && self.count(C::is_active) >= active {
+            return Err(E::TooManyActive { limit: active });
         }
         Ok(())
     }
@@ -311,13 +477,18 @@ impl Oracle {
         let zone = ZoneNo(w.first);
         if let Some(errno) = w.doomed.or(result.err()) {
             self.writes.remove(at);
-            if w.kind == T::SequentialRequired {
+            if w.kind == T::SequentialRequired && w.pointer.is_none() {
                 self.doom(zone, w.start, errno);
             }
             self.settle(zone);
             return Verdict::Failed(errno);
         }
         let verdict = match w.kind {
+            T::SequentialRequired if w.pointer.is_some() => {
+                let record = &mut self.zone(zone).record;
+                record.written = record.written.max(w.pointer.unwrap_or(0));
+                Verdict::Prefix(vec![id])
+            }
             T::SequentialRequired => self.advance(zone, id),
             T::SequentialPreferred => {
                 let end = w.end - self.geometry.start(zone);
@@ -343,9 +514,8 @@ impl Oracle {
                 .bytes_written += 512;
         }
         let capacity = self.geometry.capacity(zone);
-        let z = self.zone(zone);
-        if w.kind != T::Conventional && z.record.written == capacity {
-            z.condition = C::Full;
+        if w.kind != T::Conventional && self.zone(zone).record.written == capacity {
+            self.fill(zone);
         }
         self.settle(zone);
         verdict
@@ -398,7 +568,12 @@ impl Oracle {
         let rolled_back = z.failing || kind == T::SequentialPreferred;
         z.failing = false;
         z.high = z.record.written;
-        if rolled_back && z.high == 0 && matches!(z.condition, C::ImplicitlyOpen | C::Closed) {
+        z.pointer = z.record.written;
+        if rolled_back
+            && z.high == 0
+            && is_plain(&z.record)
+            && matches!(z.condition, C::ImplicitlyOpen | C::Closed)
+        {
             z.condition = C::Empty;
         }
     }
@@ -433,7 +608,7 @@ impl Oracle {
             }
         }
         self.reads.push((id, first.0, last.0));
-        let written_end = g.start(first) + self.zone(first).record.written;
+        let written_end = self.data_end(first);
         let all = g.is_conventional(first);
         Ok(if all {
             len
@@ -472,7 +647,7 @@ impl Oracle {
         if self.managed(zone)?.is_open() {
             // A write that failed counts as admitted until those above it are over.
             let z = self.zone(zone);
-            let touched = z.record.written > 0 || z.high > 0;
+            let touched = z.record.written > 0 || z.high > 0 || !is_plain(&z.record);
             z.condition = if touched || empty == CloseEmpty::ToClosed {
                 C::Closed
             } else {
@@ -485,7 +660,7 @@ impl Oracle {
     /// Begins an exclusive operation; whether there is something to do.
     pub fn begin(&mut self, zone: ZoneNo, op: ExclusiveOp) -> Result<bool, Refused> {
         use ExclusiveOp as X;
-        if op == X::Reset || op.is_finish() {
+        if !matches!(op, X::SetReadOnly | X::SetOffline | X::SetNormal) {
             self.managed(zone)?;
         }
         let condition = self.zone(zone).condition;
@@ -493,7 +668,35 @@ impl Oracle {
             return Err(Refused::Busy(zone));
         }
         match (op, condition) {
-            (X::Reset, C::Empty) | (X::Finish | X::FinishUnlimited, C::Full) => return Ok(false),
+            (X::Reset, C::Empty) => return Ok(false),
+            (op, C::Full) if op.is_finish() => return Ok(false),
+            (X::Recommend(what), _) if self.zone(zone).record.recommended == what => return Ok(false),
+            (X::Recommend(Some(Recommendation::Finish)), C::Empty | C::Full)
+            | (X::Recommend(Some(Recommendation::Reset)), C::Empty) => {
+                return Err(E::InvalidTransition { zone, condition }.into());
+            }
+            (X::OpenZrwa, _) if self.zone(zone).record.zrwa => {
+                self.make_open(zone, C::ExplicitlyOpen)?;
+                return Ok(false);
+            }
+            (X::OpenZrwa, _) if self.geometry.zrwa().is_none() => {
+                return Err(E::NoRandomWriteArea { zone }.into());
+            }
+            (X::OpenZrwa, C::Full) => return Err(E::InvalidTransition { zone, condition }.into()),
+            (X::OpenZrwa, _) => {
+                if !condition.is_open() {
+                    self.resources_for(condition)?;
+                }
+                self.area_for(zone)?;
+                self.make_open(zone, C::ExplicitlyOpen)?;
+                self.zone(zone).reserved = Some((condition, true));
+            }
+            (X::SetExtension { .. }, C::Empty) if self.geometry.extension_size() != 0 => {
+                self.active_resource_for(condition)?;
+                self.zone(zone).condition = C::Closed;
+                self.zone(zone).reserved = Some((condition, false));
+            }
+            (X::SetExtension { .. }, _) => return Err(E::InvalidTransition { zone, condition }.into()),
             (X::SetReadOnly, C::ReadOnly) | (X::SetOffline, C::Offline) => return Ok(false),
             (X::SetNormal, C::ReadOnly | C::Offline) => {}
             (X::SetNormal, _) => return Ok(false),
@@ -504,37 +707,97 @@ impl Oracle {
         Ok(true)
     }
 
+    /// Whether an operation on a drained zone can be committed.
+    pub fn confirm(&self, zone: ZoneNo, op: ExclusiveOp) -> Result<(), E> {
+        let z = &self.zones[zone.0 as usize];
+        match (op, z.condition) {
+            (ExclusiveOp::Recommend(Some(Recommendation::Finish)), condition @ (C::Empty | C::Full))
+            | (ExclusiveOp::Recommend(Some(Recommendation::Reset)), condition @ C::Empty) => {
+                return Err(E::InvalidTransition { zone, condition });
+            }
+            (ExclusiveOp::OpenZrwa, _) => {}
+            _ => return Ok(()),
+        }
+        let granularity = self.area().granularity;
+        if z.condition == C::Full {
+            let condition = C::Full;
+            return Err(E::InvalidTransition { zone, condition });
+        }
+        if !z.record.written.is_multiple_of(granularity) {
+            return Err(E::Unaligned {
+                offset: self.geometry.start(zone) + z.record.written,
+                len: 0,
+                granularity: granularity as u32,
+            });
+        }
+        Ok(())
+    }
+
     /// Ends an exclusive operation, done or not.
     pub fn end(&mut self, zone: ZoneNo, op: ExclusiveOp, commit: bool) {
         let geometry = self.geometry;
+        let data_end = self.data_end(zone) - geometry.start(zone);
         let z = self.zone(zone);
         z.busy = false;
+        let reserved = z.reserved.take();
         if !commit {
+            match reserved {
+                Some((before, false)) => z.condition = before,
+                Some((C::ImplicitlyOpen, true))
+                    if z.condition == C::ExplicitlyOpen && z.record.written == 0 && is_plain(&z.record) =>
+                {
+                    z.condition = C::Empty;
+                }
+                Some((before, true)) if z.condition == C::ExplicitlyOpen => z.condition = before,
+                _ => {}
+            }
             return;
         }
         let r = &mut z.record;
         match op {
             ExclusiveOp::Reset => {
-                (r.written, r.finished) = (0, false);
+                let counters = r.counters;
+                *r = ZoneRecord::default();
+                r.counters = counters;
                 r.counters.resets += 1;
             }
-            ExclusiveOp::Finish | ExclusiveOp::FinishUnlimited => {
-                r.finished = true;
+            ExclusiveOp::Finish | ExclusiveOp::FinishUnlimited | ExclusiveOp::FinishByDevice => {
+                (r.written, r.finished, r.zrwa) = (data_end, true, false);
+                r.finished_by_device |= op == ExclusiveOp::FinishByDevice;
+                if r.recommended == Some(Recommendation::Finish) {
+                    r.recommended = None;
+                }
                 r.counters.finishes += 1;
             }
+            ExclusiveOp::OpenZrwa => r.zrwa = true,
+            ExclusiveOp::SetExtension { checksum } => r.extension = Some(checksum),
+            ExclusiveOp::Recommend(what) => r.recommended = what,
             ExclusiveOp::SetReadOnly => (r.read_only, r.offline) = (true, false),
             ExclusiveOp::SetOffline => (r.read_only, r.offline) = (false, true),
             ExclusiveOp::SetNormal => (r.read_only, r.offline) = (false, false),
         }
         z.high = r.written;
-        z.condition = at_rest(&geometry, zone, &z.record);
+        z.pointer = r.written;
+        if !matches!(op, ExclusiveOp::OpenZrwa | ExclusiveOp::Recommend(_)) {
+            z.condition = at_rest(&geometry, zone, &z.record);
+        }
+    }
+
+    /// Where zeros begin that nobody has written, absolute.
+    fn data_end(&self, zone: ZoneNo) -> u64 {
+        let record = &self.zones[zone.0 as usize].record;
+        let start = self.geometry.start(zone);
+        if record.zrwa {
+            start + (record.written + self.area().size).min(self.geometry.capacity(zone))
+        } else {
+            start + record.written
+        }
     }
 
     /// What a report shows.
     pub fn info(&self, zone: ZoneNo) -> ZoneInfo {
         let (g, z) = (&self.geometry, &self.zones[zone.0 as usize]);
         let (start, capacity) = (g.start(zone), g.capacity(zone));
-        let written_end = start + z.record.written;
         ZoneInfo {
             zone,
             start,
@@ -543,13 +806,18 @@ impl Oracle {
             wp: if z.condition == C::Full {
                 start + capacity
             } else {
-                written_end
+                start + z.record.written
             },
-            written_end,
+            written_end: self.data_end(zone),
             kind: g.zone_type(zone),
             condition: z.condition,
             counters: z.record.counters,
-            attributes: Attributes::default(),
+            attributes: Attributes {
+                finished_by_device: z.record.finished_by_device,
+                recommended: z.record.recommended,
+                zrwa: z.record.zrwa,
+                extension: z.record.extension.is_some(),
+            },
         }
     }
 
@@ -567,7 +835,12 @@ fn at_rest(g: &Geometry, zone: ZoneNo, record: &ZoneRecord) -> C {
         _ if g.is_conventional(zone) => C::NotWritePointer,
         ZoneRecord { finished: true, .. } => C::Full,
         ZoneRecord { written, .. } if written == g.capacity(zone) => C::Full,
-        ZoneRecord { written: 0, .. } => C::Empty,
+        ZoneRecord { written: 0, .. } if is_plain(record) => C::Empty,
         _ => C::Closed,
     }
+}
+
+/// Whether a zone with that record is empty when nothing is written to it.
+fn is_plain(record: &ZoneRecord) -> bool {
+    !record.zrwa && record.extension.is_none()
 }

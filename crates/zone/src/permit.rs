@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::lost::{self, EngineId, Lost};
 use crate::slots::NIL;
-use crate::types::{ExclusiveOp, ZoneNo};
+use crate::types::{Condition, ExclusiveOp, ZoneNo};
 
 /// What the engine tells the callers of an image. Called on the thread that called the engine.
 pub trait Events {
@@ -48,6 +48,9 @@ impl<E: Events + ?Sized> Events for &E {
 pub(crate) enum Order {
     /// Sequential-required: acknowledged in order; its link in the zone's list.
     Required { slot: u32 },
+    /// In a random write area: on its own. `pointer` is where the zone's write pointer stands once it is written, from the
+    /// zone's start.
+    Window { pointer: u64 },
     /// Sequential-preferred: on its own. `next` is where the zone's admitted data ended before it.
     Preferred { next: u64 },
     /// Conventional: on its own, up to this zone.
@@ -90,7 +93,7 @@ impl WritePermit {
     pub fn slot(&self) -> Option<u32> {
         match self.order {
             Order::Required { slot } => Some(slot),
-            Order::Preferred { .. } | Order::Conventional { .. } => None,
+            Order::Window { .. } | Order::Preferred { .. } | Order::Conventional { .. } => None,
         }
     }
 
@@ -154,6 +157,8 @@ pub struct ExclusivePermit {
     pub(crate) engine: EngineId,
     pub(crate) zone: ZoneNo,
     pub(crate) op: ExclusiveOp,
+    /// The zone's condition before.
+    pub(crate) before: Condition,
 }
 
 impl ExclusivePermit {
@@ -216,7 +221,8 @@ impl Prefix {
         self.written
     }
 
-    /// Whether the written end moved. If not (conventional zones, overwrites in sequential-preferred ones)
+    /// Whether the written end moved, or may have been moved over this write by another one that is not acknowledged yet
+    /// (in a random write area). If not (conventional zones, overwrites in sequential-preferred ones)
     /// there is nothing to make durable before acknowledging.
     pub fn advanced(&self) -> bool {
         self.advanced

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use crate::engine::Engine;
-use crate::types::{Attributes, Condition, Filter, ZoneInfo, ZoneNo, ZoneRecord};
+use crate::types::{Condition, Filter, ZoneInfo, ZoneNo, ZoneRecord};
 
 impl Engine {
     /// What a report shows of one zone.
@@ -23,11 +23,11 @@ impl Engine {
                 } else {
                     z.done
                 },
-            written_end: start + z.done,
+            written_end: start + self.data_len(&z),
             kind: self.geometry.zone_type(zone),
             condition,
             counters: z.counters(),
-            attributes: Attributes::default(),
+            attributes: z.attributes(),
         }
     }
 

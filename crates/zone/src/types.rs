@@ -120,7 +120,8 @@ pub struct ZoneInfo {
     pub capacity: u64,
     /// The write pointer: `start` for a conventional zone, `start + capacity` when full, else `written_end`.
     pub wp: u64,
-    /// The end of the bytes really written; below `wp` after a finish. `start` for a conventional zone.
+    /// The end of the bytes that can hold data; zeros are read above it. Below `wp` after a finish, above it in a zone with
+    /// a random write area, whose end it is. `start` for a conventional zone.
     pub written_end: u64,
     /// Its type.
     pub kind: ZoneType,
@@ -157,7 +158,8 @@ pub enum Recommendation {
 /// What persists of a zone. The default is an empty zone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ZoneRecord {
-    /// The written end, in bytes from the zone's start; 0 for a conventional zone.
+    /// The written end, in bytes from the zone's start; 0 for a conventional zone. In a zone with a random write area this is
+    /// the write pointer, behind which the area begins ([`Geometry::data_end`](crate::Geometry::data_end) has its end).
     pub written: u64,
     /// The zone was finished: it is full whatever `written` says.
     pub finished: bool,
@@ -165,11 +167,29 @@ pub struct ZoneRecord {
     pub read_only: bool,
     /// The operator took it offline. Stronger than `read_only`, which is forgotten where both are set.
     pub offline: bool,
+    /// It has a random write area. Never a zone that is full.
+    pub zrwa: bool,
+    /// The checksum of its descriptor extension, where it has one; which checksum is up to whoever keeps the bytes.
+    pub extension: Option<u32>,
+    /// The device finished it by itself.
+    pub finished_by_device: bool,
+    /// What the device would have the host do.
+    pub recommended: Option<Recommendation>,
     /// Its counters.
     pub counters: Counters,
 }
 
 impl ZoneRecord {
+    /// Moves the written end of a sequential zone. At the capacity the zone becomes full: it has no random write area any
+    /// more, and nothing is to be finished.
+    pub fn write_to(&mut self, written: u64, capacity: u64) {
+        self.written = written;
+        if written >= capacity {
+            self.zrwa = false;
+            self.recommended = self.recommended.filter(|what| *what != Recommendation::Finish);
+        }
+    }
+
     /// The condition of a zone with this record when nobody has it open.
     pub(crate) fn condition(&self, kind: ZoneType, capacity: u64) -> Condition {
         if self.offline {
@@ -180,7 +200,7 @@ impl ZoneRecord {
             Condition::NotWritePointer
         } else if self.finished || self.written >= capacity {
             Condition::Full
-        } else if self.written == 0 {
+        } else if self.written == 0 && !self.zrwa && self.extension.is_none() {
             Condition::Empty
         } else {
             Condition::Closed
@@ -247,6 +267,18 @@ pub enum ExclusiveOp {
     Finish,
     /// The same, whatever resources are available, as ZNS has it.
     FinishUnlimited,
+    /// The same, by the device itself, which the zone's attributes say until it is reset (ZNS 1.2, 5.6: an excursion).
+    FinishByDevice,
+    /// The zone is opened explicitly and gets a random write area, which it has until it is full, finished or reset. One that
+    /// has an area is opened and keeps it.
+    OpenZrwa,
+    /// The empty zone gets a descriptor extension with this checksum and is closed (ZNS 1.2, 5.3). Only a reset takes it away.
+    SetExtension {
+        /// See [`ZoneRecord::extension`].
+        checksum: u32,
+    },
+    /// The device would have the host do this. A recommendation to finish goes when the zone is full, any with a reset.
+    Recommend(Option<Recommendation>),
     /// The operator makes the zone read-only.
     SetReadOnly,
     /// The operator takes the zone offline.
@@ -258,6 +290,6 @@ pub enum ExclusiveOp {
 impl ExclusiveOp {
     /// Whether it makes the zone full.
     pub fn is_finish(self) -> bool {
-        matches!(self, Self::Finish | Self::FinishUnlimited)
+        matches!(self, Self::Finish | Self::FinishUnlimited | Self::FinishByDevice)
     }
 }

@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use zbdkit_zone::oracle::{Oracle, Verdict};
 use zbdkit_zone::{
     CloseEmpty, Completion, Condition, Engine, Events, ExclusiveOp, ExclusivePermit, Filter, Geometry,
-    GeometrySpec, Model, Pending, Prefix, ReadPermit, Refused, SlotPool, WritePermit, Zns, ZoneNo,
-    ZoneRecord,
+    GeometrySpec, Model, Pending, Prefix, ReadPermit, Recommendation, Refused, SlotPool, WritePermit, Zns,
+    ZoneNo, ZoneRecord, Zrwa,
 };
 
 /// A step. Numbers are taken modulo what there is; lengths and distances are blocks.
@@ -61,6 +61,12 @@ enum Step {
     End {
         which: usize,
         commit: bool,
+    },
+    /// Commits a random write area up to so many blocks above the pointer, give or take.
+    CommitZrwa {
+        zone: u32,
+        blocks: u64,
+        skew: u64,
     },
 }
 
@@ -198,6 +204,23 @@ impl Run {
             Step::Complete { which, result } if !self.permits.is_empty() => {
                 self.complete(which % self.permits.len(), result);
             }
+            Step::CommitZrwa {
+                zone: no,
+                blocks,
+                skew,
+            } => {
+                let end = (self.oracle.info(zone(no)).wp + blocks * block + skew).saturating_sub(block);
+                let id = self.id();
+                let real = self.engine.commit_zrwa(end, &self.events);
+                let model = self.oracle.commit_zrwa(id, end);
+                assert_eq!(real.as_ref().map(drop).map_err(|e| *e), model);
+                self.prefixes.extend(real.ok().map(|prefix| Made {
+                    ids: vec![id],
+                    own: id,
+                    lane: None,
+                    prefix,
+                }));
+            }
             Step::Acknowledge { which, result } if !self.prefixes.is_empty() => {
                 self.acknowledge(which % self.prefixes.len(), result);
             }
@@ -324,7 +347,10 @@ impl Run {
         assert_eq!(drained, self.oracle.drained(self.exclusive[which].zone()));
         let permit = self.exclusive.swap_remove(which);
         let (zone, op) = (permit.zone(), permit.op());
-        let commit = commit && drained;
+        if drained {
+            assert_eq!(self.engine.confirm(&permit), self.oracle.confirm(zone, op));
+        }
+        let commit = commit && drained && self.engine.confirm(&permit).is_ok();
         let planned = self.engine.record_after(&permit);
         if commit {
             self.engine.commit(permit, &self.events);
@@ -443,12 +469,14 @@ fn geometry() -> impl Strategy<Value = Geometry> {
     let zones = prop_oneof![2 => 1u64..=3, 1 => 4u64..=7];
     let shape = (1u64..=12, zones, 0u64..12, any::<u64>());
     let limits = (0u32..=5, 0u32..=5, 0u64..=8);
+    let zns = (0u64..=4, 1u64..=3, 0u32..=3, 0u32..=1);
     (
         any::<bool>(),
         prop_oneof![Just(512u32), Just(4096)],
         shape,
         any::<u32>(),
         limits,
+        zns,
     )
         .prop_map(
             |(
@@ -457,6 +485,7 @@ fn geometry() -> impl Strategy<Value = Geometry> {
                 (zone, full, rest, capacity),
                 conventional,
                 (max_active, max_open, append),
+                (granules, granularity, areas, extension),
             )| {
                 let block = u64::from(block_size);
                 let zones = full + u64::from(!rest.is_multiple_of(zone));
@@ -465,6 +494,14 @@ fn geometry() -> impl Strategy<Value = Geometry> {
                 } else {
                     max_open.min(max_active)
                 };
+                let capacity = 1 + capacity % zone;
+                let zrwa = Zrwa {
+                    size: granules * granularity * block,
+                    granularity: granularity * block,
+                    count: areas.min(if max_active == 0 { areas } else { max_active }),
+                    explicit_commit: true,
+                };
+                let has_areas = !aware && granules != 0 && zrwa.size <= capacity * block;
                 Geometry::new(GeometrySpec {
                     model: if aware {
                         Model::HostAware
@@ -473,7 +510,7 @@ fn geometry() -> impl Strategy<Value = Geometry> {
                     },
                     size: (full * zone + rest % zone) * block,
                     zone_size: zone * block,
-                    zone_capacity: (1 + capacity % zone) * block,
+                    zone_capacity: capacity * block,
                     nr_conventional: if conventional.is_multiple_of(3) {
                         conventional / 3 % zones as u32
                     } else {
@@ -483,7 +520,10 @@ fn geometry() -> impl Strategy<Value = Geometry> {
                     max_open,
                     max_active,
                     max_append: append * block,
-                    zns: Zns::NONE,
+                    zns: Zns {
+                        zrwa: has_areas.then_some(zrwa),
+                        extension_size: if aware { 0 } else { 64 * extension },
+                    },
                 })
                 .expect("valid")
             },
@@ -501,9 +541,19 @@ fn records(geometry: &Geometry, seeds: &[u16]) -> Vec<ZoneRecord> {
         } else {
             0
         };
+        let mut written = blocks % (geometry.capacity(zone) / block + 1) * block;
+        let finished = seed % 11 == 1 && sequential;
+        let area = geometry
+            .zrwa()
+            .filter(|_| sequential && seed % 7 == 4 && !finished);
+        let below = |area: Zrwa| written / area.granularity * area.granularity;
+        let zrwa = area.is_some_and(|area| below(area) < geometry.capacity(zone));
+        written = area.filter(|_| zrwa).map_or(written, below);
         ZoneRecord {
-            written: blocks % (geometry.capacity(zone) / block + 1) * block,
-            finished: seed % 11 == 1 && sequential,
+            written,
+            finished,
+            zrwa,
+            extension: (sequential && seed % 5 == 1 && geometry.extension_size() != 0).then_some(seed.into()),
             read_only: seed % 17 == 2 && seed % 19 != 3,
             offline: seed % 19 == 3,
             ..ZoneRecord::default()
@@ -523,7 +573,12 @@ fn steps() -> impl Strategy<Value = Step> {
         1 => (0u64..9000).prop_map(At::Byte)];
     let op = prop_oneof![4 => Just(ExclusiveOp::Reset), 2 => Just(ExclusiveOp::Finish), 1 => Just(ExclusiveOp::FinishUnlimited),
         1 => Just(ExclusiveOp::SetReadOnly), 1 => Just(ExclusiveOp::SetOffline),
-        2 => Just(ExclusiveOp::SetNormal)];
+        2 => Just(ExclusiveOp::SetNormal), 6 => Just(ExclusiveOp::OpenZrwa),
+        1 => Just(ExclusiveOp::FinishByDevice),
+        1 => any::<u32>().prop_map(|checksum| ExclusiveOp::SetExtension { checksum }),
+        1 => Just(ExclusiveOp::Recommend(Some(Recommendation::Finish))),
+        1 => Just(ExclusiveOp::Recommend(Some(Recommendation::Reset))),
+        1 => Just(ExclusiveOp::Recommend(None))];
     let empty = prop_oneof![Just(CloseEmpty::ToEmpty), Just(CloseEmpty::ToClosed)];
     let skew = prop_oneof![9 => Just(0u64), 1 => 0u64..5000];
     prop_oneof![
@@ -540,6 +595,8 @@ fn steps() -> impl Strategy<Value = Step> {
         2 => (zone(), empty).prop_map(|(zone, empty)| Step::Close { zone, empty }),
         3 => (zone(), op).prop_map(|(zone, op)| Step::Begin { zone, op }),
         3 => (which(), any::<bool>()).prop_map(|(which, commit)| Step::End { which, commit }),
+        2 => (zone(), 0u64..7, prop_oneof![9 => Just(0u64), 1 => 0u64..5000])
+            .prop_map(|(zone, blocks, skew)| Step::CommitZrwa { zone, blocks, skew }),
     ]
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use zbdkit_io::{IoBuf, LocalBoxFuture};
 use zbdkit_spec::sidecar;
-use zbdkit_zone::{Geometry, GeometrySpec, Model, Zns};
+use zbdkit_zone::{Geometry, GeometrySpec, Model};
 
 use self::qcow2::FileChoice;
 use crate::device::Device;
@@ -516,7 +516,7 @@ const QCOW2_MAGIC: [u8; 4] = zbdkit_spec::qcow2::MAGIC.to_be_bytes();
 
 const ZONED_OPTIONS: [&str; 5] = ["driver", "file", "read-only", "sidecar", "run-state"];
 
-const ZONE_OPTIONS: [&str; 12] = [
+const ZONE_OPTIONS: [&str; 16] = [
     "driver",
     "file",
     "read-only",
@@ -529,6 +529,10 @@ const ZONE_OPTIONS: [&str; 12] = [
     "zone.max_open_zones",
     "zone.max_active_zones",
     "zone.max_append_bytes",
+    "zone.zrwa_size",
+    "zone.zrwa_granularity",
+    "zone.max_zrwa",
+    "zone.descr_ext_size",
 ];
 
 fn geometry_of(tree: &mut Options, size: u64) -> Result<Geometry, OpenError> {
@@ -548,20 +552,27 @@ fn geometry_of(tree: &mut Options, size: u64) -> Result<Geometry, OpenError> {
         )
     })?;
     let zone_capacity = tree.size("zone.capacity")?.unwrap_or(zone_size);
+    let block_size = tree
+        .number("block_size")?
+        .unwrap_or(crate::create::DEFAULT_BLOCK_SIZE);
+    let asked = crate::create::ZnsOptions {
+        zrwa_size: tree.size("zone.zrwa_size")?,
+        zrwa_granularity: tree.size("zone.zrwa_granularity")?,
+        max_zrwa: tree.number("zone.max_zrwa")?,
+        extension_size: tree.number("zone.descr_ext_size")?.unwrap_or(0),
+    };
     Ok(Geometry::new(GeometrySpec {
         model,
         size,
         zone_size,
         zone_capacity,
         nr_conventional: tree.number("zone.conventional_zones")?.unwrap_or(0),
-        block_size: tree
-            .number("block_size")?
-            .unwrap_or(crate::create::DEFAULT_BLOCK_SIZE),
+        block_size,
         max_open: tree.number("zone.max_open_zones")?.unwrap_or(0),
         max_active: tree.number("zone.max_active_zones")?.unwrap_or(0),
         max_append: tree
             .size("zone.max_append_bytes")?
             .unwrap_or(crate::create::default_append(zone_capacity)),
-        zns: Zns::NONE,
+        zns: asked.zns(block_size),
     })?)
 }

@@ -5,10 +5,13 @@
 //! multiple of that half has the next half mapped in the background, and only where that was too slow, or at the first
 //! write of a zone, does a write wait for it. One task at a time maps for a zone.
 //!
-//! Conventional zones, and those of host-aware devices, are read everywhere, so they are never mapped ahead.
+//! Conventional zones, and those of host-aware devices, are read everywhere, so they are never mapped ahead. Nor are zones
+//! that have, or had, a random write area: mapping ahead of a write may lose what was written behind it before.
 
+use std::collections::BTreeSet;
 use std::future::poll_fn;
 use std::ops::{Range, RangeInclusive};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
@@ -24,6 +27,8 @@ pub struct Ahead {
     /// Half of what is mapped at once, whole clusters, bytes.
     step: u64,
     state: Mutex<State>,
+    /// There are exempt zones.
+    exempts: AtomicBool,
 }
 
 #[derive(Default)]
@@ -31,6 +36,8 @@ struct State {
     /// Zones that somebody maps for.
     busy: Vec<ZoneNo>,
     waiting: Vec<Waker>,
+    /// Zones that are not mapped ahead.
+    exempt: BTreeSet<ZoneNo>,
 }
 
 /// The right to map for a zone, until dropped.
@@ -48,13 +55,43 @@ impl Ahead {
             cluster_size,
             step: (most / 2).next_multiple_of(cluster_size),
             state: Mutex::default(),
+            exempts: AtomicBool::new(false),
         }
+    }
+
+    /// The zones of a range are not mapped ahead from now on; somebody may still be mapping for one.
+    pub fn exempt(&self, range: &Range<u64>) {
+        let mut state = lock(&self.state);
+        state.exempt.extend(self.zones_in(range));
+        self.exempts.store(true, Ordering::Release);
+    }
+
+    /// The zones of a range are mapped ahead again.
+    pub fn admit(&self, range: &Range<u64>) {
+        if self.exempts.load(Ordering::Acquire) {
+            let mut state = lock(&self.state);
+            for zone in self.zones_in(range) {
+                state.exempt.remove(&zone);
+            }
+            self.exempts.store(!state.exempt.is_empty(), Ordering::Release);
+        }
+    }
+
+    fn zones_in(&self, range: &Range<u64>) -> impl Iterator<Item = ZoneNo> + use<> {
+        let last = range.end.saturating_sub(1).max(range.start);
+        (self.geometry.zone_of(range.start).0..=self.geometry.zone_of(last).0).map(ZoneNo)
+    }
+
+    fn is_exempt(&self, zone: ZoneNo) -> bool {
+        // One load for everybody while there are none.
+        self.exempts.load(Ordering::Acquire) && lock(&self.state).exempt.contains(&zone)
     }
 
     /// The zone of a write that may map ahead.
     pub fn zone_of(&self, offset: u64) -> Option<ZoneNo> {
         let zone = self.geometry.zone_of(offset);
-        (self.geometry.zone_type(zone) == ZoneType::SequentialRequired).then_some(zone)
+        let ordered = self.geometry.zone_type(zone) == ZoneType::SequentialRequired;
+        (ordered && !self.is_exempt(zone)).then_some(zone)
     }
 
     /// Whether it is this write's turn to see to what comes after it: its range has a multiple of half [`AHEAD`] in it.
@@ -238,6 +275,18 @@ mod tests {
         let aware = ahead(Model::HostAware, 64 * MIB, 64 * MIB);
         assert_eq!(aware.zone_of(64 * MIB), None);
         assert!(!aware.crosses(64 * MIB, 4096));
+    }
+
+    #[test]
+    fn exempt_zones_are_not_mapped_ahead_until_they_are_admitted_again() {
+        let ahead = ahead(Model::HostManaged, 64 * MIB, 64 * MIB);
+        let zone = 64 * MIB..128 * MIB;
+        ahead.exempt(&zone);
+        assert_eq!(ahead.zone_of(zone.start), None);
+        assert!(!ahead.crosses(zone.start, 4096));
+        assert!(ahead.crosses(zone.end, 4096));
+        ahead.admit(&zone);
+        assert!(ahead.crosses(zone.start, 4096));
     }
 
     #[test]

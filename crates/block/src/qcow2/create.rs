@@ -17,7 +17,7 @@ use crate::device::Device;
 use crate::error::OpenError;
 use crate::graph::{Graph, OpenOptions};
 use crate::host::{FileOptions, Host};
-use crate::zoned::{Records, host_error};
+use crate::zoned::{Records, host_error, is_beyond_bare_tables};
 
 /// What qcow2 image to make.
 #[derive(Clone, Debug)]
@@ -89,6 +89,7 @@ pub async fn create_qcow2(
             }
             .geometry()?,
             records: Records::new(),
+            slots: None,
         }),
         (None, Some(base)) => Some(inherit(base, size).await?),
         (None, None) => None,
@@ -174,11 +175,18 @@ async fn inherit(base: &Device, size: u64) -> Result<Known, CreateError> {
             geometry.size()
         )));
     }
-    let records = geometry
+    let records: Records = geometry
         .zones()
         .map(|zone| (zone.0, engine.record(zone)))
         .filter(|(_, record)| *record != Default::default())
         .collect();
+    if records.values().any(|record| record.zrwa) && base.status().is_some_and(|status| !status.clean) {
+        return Err(CreateError::Refused(
+            "the backing image was not closed, and a zone of it has a random write area: open and close it first, so \
+             that what lies above the area is zeros"
+                .into(),
+        ));
+    }
     let synced = async {
         match base.qcow2() {
             Some(image) => {
@@ -194,7 +202,12 @@ async fn inherit(base: &Device, size: u64) -> Result<Known, CreateError> {
     synced
         .await
         .map_err(|e| OpenError::file("the backing image", "cannot be synced", e))?;
-    Ok(Known { geometry, records })
+    let slots = base.zoned_node().and_then(|node| node.slots().cloned());
+    Ok(Known {
+        geometry,
+        records,
+        slots,
+    })
 }
 
 fn check(layout: &Layout, zones: Option<&Known>) -> Result<(), CreateError> {
@@ -324,10 +337,7 @@ async fn give_zones(
         snapshots: (0, 0),
         uuid,
     };
-    let states = known
-        .records
-        .values()
-        .any(|record| record.read_only || record.offline);
+    let states = known.records.values().any(is_beyond_bare_tables);
     image
         .update_header(|header| {
             ours::put(header, &zones, &ours, states);

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use zbdkit_io::File;
 use zbdkit_qcow2::{Header, Qcow2, Snapshot, read_snapshots};
 use zbdkit_spec::qcow2::{AUTOCLEAR_ZONE_TABLE, INCOMPAT_ZONED, ZONED_MAX_ZONES};
-use zbdkit_zone::{Geometry, ZoneRecord};
+use zbdkit_zone::{Geometry, MAX_EXTENSION_SIZE, ZoneRecord};
 
 use super::directory::Directory;
 use super::extension::{self, Draft, Zones};
@@ -23,7 +23,8 @@ use super::zones::{self, Known};
 use crate::check::{ZoneCheck, data_end, tell};
 use crate::host::Host;
 use crate::zoned::{
-    Finding, Mirror, Records, Salvaged, Table, bare_words, read_at, spec_of, table_size, zones_of,
+    Finding, Mirror, Records, Salvaged, Slots, Table, bare_words, drop_damaged, is_beyond_bare_tables,
+    read_at, spec_of, table_size, zones_of,
 };
 
 /// Everything that can be known of an image's zones without believing any of it.
@@ -101,7 +102,7 @@ impl Look {
                 self.bad_entries.push((entry.id.clone(), why));
                 continue;
             }
-            let why = match entry.table.1 > table_size(ZONED_MAX_ZONES) {
+            let why = match entry.table.1 > table_size(ZONED_MAX_ZONES, MAX_EXTENSION_SIZE) {
                 true => Some("it is larger than it can be".to_owned()),
                 false => Table::load(file.clone(), entry.table.0, entry.table.1)
                     .await
@@ -254,7 +255,7 @@ impl Look {
         extension::expressible(&known.geometry, image.cluster_size())?;
         let zones = self.mend_bare(image, &known, found).await?;
         let ours = self.mend_directory(image, ours, found).await?;
-        let states = known.records.values().any(|r| r.read_only || r.offline);
+        let states = known.records.values().any(is_beyond_bare_tables);
         image
             .update_header(|header| {
                 ours::put(header, &zones, &ours, states);
@@ -279,6 +280,7 @@ impl Look {
         let header = *table.header();
         let spec = spec_of(&header).map_err(|model| format!("zone model {model} is not known"))?;
         let geometry = Geometry::new(spec).map_err(|e| e.to_string())?;
+        drop_damaged(&findings, &mut records);
         for finding in &findings {
             match finding {
                 Finding::Lost { index } => {
@@ -295,7 +297,11 @@ impl Look {
             mended.map_err(|e| e.to_string())?;
             found.say("both copies of the zone table were made whole again".into());
         }
-        Ok(Known { geometry, records })
+        Ok(Known {
+            geometry,
+            records,
+            slots: Slots::of(&table),
+        })
     }
 
     /// The newest copies of some blocks are gone: the bare table, which was brought up to date before the image was
@@ -310,7 +316,7 @@ impl Look {
             if word(bare) != word(records) {
                 let written = bare.get(&zone.0).map_or(0, |record| record.written);
                 let record = records.entry(zone.0).or_default();
-                (record.written, record.finished) = (written, false);
+                (record.written, record.finished, record.zrwa) = (written, false, false);
                 found.say(format!(
                     "zone {zone}: its write pointer is taken from the bare table, {:#x}",
                     geometry.start(zone) + written
@@ -394,7 +400,11 @@ impl Look {
         for zone in bare.1.keys() {
             self.restore(&geometry, *zone, &mut records, node, found).await?;
         }
-        let known = Known { geometry, records };
+        let known = Known {
+            geometry,
+            records,
+            slots: None,
+        };
         let data = host
             .identity(image.data_file())
             .map_err(|e| format!("{}: {e}", path.display()))?;
@@ -484,14 +494,16 @@ pub fn zones_make_sense(header: &Header, file: &File) -> bool {
 }
 
 async fn salvage(file: &File, ours: &Ours, header: &Header) -> Result<Salvaged, String> {
-    if ours.area.1 > table_size(ZONED_MAX_ZONES) {
+    if ours.area.1 > table_size(ZONED_MAX_ZONES, MAX_EXTENSION_SIZE) {
         return Err(format!(
             "a zone table of {} bytes is larger than it can be",
             ours.area.1
         ));
     }
     let salvaged = Table::salvage(file.clone(), ours.area.0, ours.area.1).await;
-    let salvaged = salvaged.map_err(|error| error.to_string())?;
+    let mut salvaged = salvaged.map_err(|error| error.to_string())?;
+    let damaged = salvaged.check_extensions().await;
+    damaged.map_err(|error| error.to_string())?;
     let table = salvaged.table.header();
     if table.uuid != ours.uuid.into_bytes() {
         return Err("the zone table is another image's".into());

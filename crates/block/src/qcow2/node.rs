@@ -235,10 +235,21 @@ impl Node for Qcow2Node {
         Box::pin(async move { Ok(self.image.discard(offset, len).await?) })
     }
 
+    fn write_anywhere<'a>(&'a self, range: Range<u64>) -> Request<'a, ()> {
+        Box::pin(async move {
+            if let Some(ahead) = &self.ahead {
+                ahead.exempt(&range);
+                ahead.idle_in(&range).await;
+            }
+            Ok(())
+        })
+    }
+
     fn release<'a>(&'a self, range: Range<u64>) -> Request<'a, ()> {
         Box::pin(async move {
             if let Some(ahead) = &self.ahead {
                 ahead.idle_in(&range).await;
+                ahead.admit(&range);
             }
             Ok(self.image.release(range).await?)
         })

@@ -8,7 +8,7 @@
 use std::time::SystemTime;
 
 use zbdkit_qcow2::{Header, Preallocation, Qcow2, Snapshot};
-use zbdkit_zone::{Geometry, GeometrySpec, ZoneNo, ZoneType};
+use zbdkit_zone::{Geometry, GeometrySpec, ZoneNo, ZoneRecord, ZoneType};
 
 use super::directory::{Directory, Frozen};
 use super::extension::{self, Zones};
@@ -19,7 +19,7 @@ use crate::device::Device;
 use crate::error::Error;
 use crate::graph::format_size;
 use crate::host::FileId;
-use crate::zoned::{Records, Table, ZonedNode};
+use crate::zoned::{Records, Table, ZonedNode, is_beyond_bare_tables};
 
 impl Device {
     /// The internal snapshots of the image.
@@ -134,6 +134,7 @@ impl<'a> Offline<'a> {
         let known = Known {
             geometry: *self.geometry(),
             records: self.records(),
+            slots: self.zoned.slots().cloned(),
         };
         let table = zones::make_area(self.image(), &known, self.ours.uuid, FileId::default(), |_| ()).await?;
         let frozen = Frozen {
@@ -174,7 +175,7 @@ impl<'a> Offline<'a> {
             if geometry.zone_type(zone) != ZoneType::SequentialRequired {
                 continue;
             }
-            let written = geometry.start(zone) + self.zoned.engine().record(zone).written;
+            let written = geometry.data_end(zone, &self.zoned.engine().record(zone));
             let (start, end) = (written.next_multiple_of(cluster_size), geometry.end(zone));
             if start < end {
                 self.image().discard(start, end - start).await?;
@@ -260,7 +261,8 @@ impl<'a> Offline<'a> {
     }
 
     async fn resize(&self, size: u64, shrink: bool, preallocation: Preallocation) -> Result<(), Error> {
-        let known = resized(self.geometry(), self.records(), size).map_err(zones::refused)?;
+        let mut known = resized(self.geometry(), self.records(), size).map_err(zones::refused)?;
+        known.slots = self.zoned.slots().cloned();
         extension::expressible(&known.geometry, self.image().cluster_size()).map_err(zones::refused)?;
         let also = async |change: &mut dyn FnMut(&mut Header)| {
             let also = |header: &mut Header| {
@@ -294,10 +296,7 @@ impl<'a> Offline<'a> {
             area: tables.area,
             ..self.ours
         };
-        let states = known
-            .records
-            .values()
-            .any(|record| record.read_only || record.offline);
+        let states = known.records.values().any(is_beyond_bare_tables);
         let switched = switch(&mut |header| ours::put(header, &zones, &ours, states)).await;
         if let Err(error) = switched {
             tables.free(image).await;
@@ -342,7 +341,11 @@ fn resized(old: &Geometry, mut records: Records, size: u64) -> Result<Known, Str
             continue;
         };
         if zone.0 >= geometry.nr_zones() {
-            if record.written != 0 || record.finished || record.read_only || record.offline {
+            let is_empty = ZoneRecord {
+                counters: record.counters,
+                ..ZoneRecord::default()
+            } == *record;
+            if !is_empty {
                 return Err(format!(
                     "zone {zone} would go, and it is not empty: reset it first"
                 ));
@@ -350,7 +353,7 @@ fn resized(old: &Geometry, mut records: Records, size: u64) -> Result<Known, Str
             continue;
         }
         let (before, after) = (old.capacity(zone), geometry.capacity(zone));
-        if record.written > after {
+        if record.written > after || (record.zrwa && after < before) {
             return Err(format!(
                 "zone {zone} would become shorter than what is written in it: reset it first"
             ));
@@ -365,12 +368,16 @@ fn resized(old: &Geometry, mut records: Records, size: u64) -> Result<Known, Str
         return Err("conventional zones would go, and nobody knows what of them is needed".into());
     }
     records.retain(|zone, _| *zone < geometry.nr_zones());
-    Ok(Known { geometry, records })
+    Ok(Known {
+        geometry,
+        records,
+        slots: None,
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use zbdkit_zone::{Model, Zns, ZoneRecord};
+    use zbdkit_zone::{Model, Zns};
 
     use super::*;
 

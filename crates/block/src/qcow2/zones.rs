@@ -12,7 +12,7 @@ use zbdkit_io::File;
 use zbdkit_qcow2::{Header, Qcow2};
 use zbdkit_spec::qcow2::{INCOMPAT_ZONE_STATES, ZONED_MAX_ZONES};
 use zbdkit_spec::sidecar;
-use zbdkit_zone::Geometry;
+use zbdkit_zone::{Geometry, GeometrySpec, MAX_EXTENSION_SIZE, ZoneNo};
 
 use super::directory::Directory;
 use super::extension::{self, Draft, Zones};
@@ -25,8 +25,8 @@ use crate::error::{Error, OpenError};
 use crate::host::{FileId, Host};
 use crate::node::Node;
 use crate::zoned::{
-    Inside, Loaded, Mirror, Place, Records, RunStateMode, Table, ZonedNode, bare_words, new_header, read_at,
-    spec_of, table_size, write_at,
+    Inside, Loaded, Mirror, Place, Records, RunStateMode, Slots, Table, TableError, ZonedNode, bare_words,
+    extension_size, new_header, read_at, spec_of, table_size, write_at, zns_of,
 };
 
 /// Logical block size of an image that does not say its own: what every writer of such images may have used.
@@ -85,7 +85,7 @@ impl Described {
             ));
         };
         let damaged = |why: String| format!("the zone table of snapshot {id} cannot be used: {why}");
-        if frozen.table.1 > table_size(ZONED_MAX_ZONES) {
+        if frozen.table.1 > table_size(ZONED_MAX_ZONES, MAX_EXTENSION_SIZE) {
             return Err(damaged(format!(
                 "it has {} bytes, more than it can have",
                 frozen.table.1
@@ -101,6 +101,7 @@ impl Described {
         Ok(Known {
             geometry: Geometry::new(spec).map_err(|error| damaged(error.to_string()))?,
             records: loaded.records,
+            slots: Slots::of(&loaded.table),
         })
     }
 
@@ -115,7 +116,9 @@ impl Described {
             )
         };
         // Before anything is read by a number that only the table says.
-        if ours.area.1 != table_size(self.zones.nr_zones) {
+        let possible =
+            table_size(self.zones.nr_zones, 0)..=table_size(self.zones.nr_zones, MAX_EXTENSION_SIZE);
+        if !possible.contains(&ours.area.1) {
             return Err(contradiction());
         }
         let loaded = Table::load(file.clone(), ours.area.0, ours.area.1).await;
@@ -124,6 +127,7 @@ impl Described {
         let zones = &self.zones;
         let agrees = header.uuid == ours.uuid.into_bytes()
             && header.nr_zones.get() == zones.nr_zones
+            && ours.area.1 == table_size(zones.nr_zones, extension_size(header))
             && header.zone_size.get() == zones.zone_size
             && header.zone_capacity.get() == zones.zone_capacity
             && header.nr_conventional.get() == zones.conventional
@@ -139,6 +143,8 @@ impl Described {
 pub struct Known {
     pub geometry: Geometry,
     pub records: Records,
+    /// Where the descriptor extensions lie that the records speak of.
+    pub slots: Option<Slots>,
 }
 
 /// The zones that the bare table describes, for an image whose area is not to be believed.
@@ -154,6 +160,7 @@ pub async fn from_bare_table(
     Ok(Known {
         geometry: geometry_for(file, header, zones, &records).await?,
         records,
+        slots: None,
     })
 }
 
@@ -172,12 +179,17 @@ pub async fn geometry_for(
     Ok(former.unwrap_or(plain))
 }
 
-/// What the area said of block size and append limit before somebody else wrote to the image, if it still says so: a
+/// What the area said of block size, append limit, random write areas and descriptor extensions before somebody else wrote to the image, if it still says so: a
 /// guest had better not find them changed.
 async fn former_geometry(file: &File, header: &Header, zones: &Zones, records: &Records) -> Option<Geometry> {
     let former = former_header(file, header).await?;
     let (block_size, append) = (former.block_size.get(), former.max_append.get());
     let geometry = zones.geometry(header.size, block_size, append).ok()?;
+    let geometry = Geometry::new(GeometrySpec {
+        zns: zns_of(&former),
+        ..*geometry.spec()
+    })
+    .ok()?;
     let fits = |written: u64| written.is_multiple_of(block_size.into());
     records
         .values()
@@ -212,7 +224,7 @@ pub async fn open(
             let known = from_bare_table(&file, &header, &described.zones, path).await?;
             notices.extend(lost(&header, former_header(&file, &header).await.as_deref()));
             let node = Arc::new(node);
-            let zoned = ZonedNode::read_only(node.clone(), known.geometry, &known.records, "qcow2")?;
+            let zoned = ZonedNode::read_only(node.clone(), known.geometry, &known.records, None, "qcow2")?;
             return Ok((zoned, node, notices));
         }
         None => {
@@ -272,7 +284,12 @@ pub async fn open_snapshot(
             "the zone table of snapshot {id} is of another size than it"
         )));
     }
-    let zoned = ZonedNode::read_only(node.clone(), known.geometry, &known.records, "qcow2")?;
+    let Known {
+        geometry,
+        records,
+        slots,
+    } = known;
+    let zoned = ZonedNode::read_only(node.clone(), geometry, &records, slots, "qcow2")?;
     Ok(Device::zoned(zoned, Vec::new()).with_qcow2(node))
 }
 
@@ -284,7 +301,7 @@ fn lost(header: &Header, former: Option<&sidecar::Header>) -> Vec<String> {
     let mut told = vec![
         "the image was changed by a program that does not know zbdkit's zone table: the write pointers are those that it \
          left; what only that table held is lost (how far finished zones were written, counters, zones made read-only or \
-         offline, the zones of snapshots)"
+         offline, descriptor extensions, the zones of snapshots)"
             .to_owned(),
     ];
     if let Some(former) = former
@@ -424,12 +441,13 @@ pub async fn make_area(
     data: FileId,
     change: impl FnOnce(&mut sidecar::Header),
 ) -> Result<(u64, u64), zbdkit_qcow2::Error> {
-    let len = table_size(known.geometry.nr_zones());
+    let len = table_size(known.geometry.nr_zones(), known.geometry.extension_size());
     let offset = image.allocate_area(len).await?;
     let mut header = new_header(&known.geometry, uuid, data);
     change(&mut header);
     let written = async {
         let table = Table::create(image.file().clone(), offset, header, &known.records).await?;
+        copy_extensions(known, &table).await?;
         table.sync().await
     };
     match written.await {
@@ -439,6 +457,20 @@ pub async fn make_area(
             Err(format_error(error))
         }
     }
+}
+
+/// Copies the descriptor extensions that records speak of into the slots of a new table, which nothing names yet.
+async fn copy_extensions(known: &Known, table: &Table) -> Result<(), TableError> {
+    let (Some(from), Some(to)) = (&known.slots, Slots::of(table)) else {
+        return Ok(());
+    };
+    for (zone, record) in &known.records {
+        if let Some(checksum) = record.extension {
+            let zone = ZoneNo(*zone);
+            to.write(zone, &from.checked(zone, checksum).await?).await?;
+        }
+    }
+    Ok(())
 }
 
 async fn make_bare(
@@ -473,9 +505,9 @@ pub async fn place(image: &Qcow2, bytes: &[u8]) -> Result<(u64, u64), zbdkit_qco
     }
 }
 
-fn format_error(error: crate::zoned::TableError) -> zbdkit_qcow2::Error {
+fn format_error(error: TableError) -> zbdkit_qcow2::Error {
     match error {
-        crate::zoned::TableError::Io(op, source) => zbdkit_qcow2::Error::io(op, &source),
+        TableError::Io(op, source) => zbdkit_qcow2::Error::io(op, &source),
         other => zbdkit_qcow2::Error::Invalid(other.to_string()),
     }
 }

@@ -10,7 +10,7 @@ use std::ops::Range;
 use zbdkit_io::IoBuf;
 use zbdkit_zone::{ZoneNo, ZoneRecord, ZoneType};
 
-use super::zones::{install, misfit};
+use super::zones::{check_records, copy_extensions, install, misfit};
 use super::{CHUNK, Progress, ToolError, fetch, store, zero};
 use crate::device::Device;
 use crate::node::Lane;
@@ -42,6 +42,7 @@ pub async fn commit(layers: &[&Device], base: &Device, progress: Progress<'_>) -
     commit.give_back().await?;
     if let (Some(from), Some(to)) = (top.engine(), base.engine()) {
         let ours = from.geometry().nr_zones();
+        copy_extensions(top, base).await?;
         install(base, |zone| {
             if zone.0 < ours {
                 from.record(zone)
@@ -99,15 +100,13 @@ impl<'a> Commit<'a> {
                 if let Some(problem) = misfit(top.geometry(), base.geometry()) {
                     return refused(problem);
                 }
-                top.geometry().zones().try_for_each(|zone| {
-                    base.check(zone, &top.record(zone))
-                        .map_err(|error| ToolError::Refused(format!("the zones do not fit: {error}")))
-                })
+                check_records(top, base)
             }
         }
     }
 
-    /// Zones of the base that hold something else than the beginning of what the image has there.
+    /// Zones of the base that hold something else than the beginning of what the image has there, or in which blocks that
+    /// show may have been written again.
     fn is_rewound(&self, zone: ZoneNo) -> bool {
         let (Some(top), Some(base)) = (self.top.engine(), self.base.engine()) else {
             return false;
@@ -116,7 +115,10 @@ impl<'a> Commit<'a> {
             return false;
         }
         let (top, base) = (top.record(zone), base.record(zone));
-        base.written > 0 && (top.written < base.written || top.counters.resets != base.counters.resets)
+        let is_more_than_empty = base.written > 0 || base.zrwa || base.extension.is_some();
+        let is_changed =
+            base.zrwa || top.written < base.written || top.counters.resets != base.counters.resets;
+        is_more_than_empty && is_changed
     }
 
     async fn empty_zones(&self) -> Result<(), ToolError> {
@@ -131,13 +133,17 @@ impl<'a> Commit<'a> {
             ZoneRecord {
                 written: 0,
                 finished: false,
+                zrwa: false,
+                // It may get another one, whose bytes are written where those of this one are.
+                extension: None,
                 ..record
             }
         })
         .await
     }
 
-    /// What there may be to copy: all but what lies above the written ends of zones that must be written in order.
+    /// What there may be to copy: all but what lies above the written ends of zones that must be written in order. Above a
+    /// random write area there must be zeros.
     fn ranges(&self) -> Vec<Range<u64>> {
         let Some(engine) = self.top.engine() else {
             return std::iter::once(0..self.size).collect();
@@ -147,7 +153,9 @@ impl<'a> Commit<'a> {
         for zone in geometry.zones() {
             let start = geometry.start(zone);
             let end = match geometry.zone_type(zone) {
-                ZoneType::SequentialRequired => start + engine.record(zone).written,
+                ZoneType::SequentialRequired if !engine.record(zone).zrwa => {
+                    start + engine.record(zone).written
+                }
                 _ => geometry.end(zone),
             };
             match ranges.last_mut() {
@@ -214,7 +222,10 @@ impl<'a> Commit<'a> {
             let end = base.geometry().end(zone);
             let is_ours = zone.0 < top.geometry().nr_zones() && !base.geometry().is_conventional(zone);
             // The base's own record was emptied before; its counters tell that there was a reset.
-            if is_ours && top.record(zone).counters.resets != base.record(zone).counters.resets {
+            if is_ours
+                && !top.record(zone).zrwa
+                && top.record(zone).counters.resets != base.record(zone).counters.resets
+            {
                 let from = base.geometry().start(zone) + top.record(zone).written;
                 if from < end
                     && let Err(error) = self.base.below().discard(&lane, from, end - from).await

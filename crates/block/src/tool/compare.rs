@@ -249,6 +249,17 @@ fn compare_geometry(a: &Geometry, b: &Geometry) -> Option<Difference> {
         .or_else(|| differ("most open zones", &a.max_open(), &b.max_open()))
         .or_else(|| differ("most active zones", &a.max_active(), &b.max_active()))
         .or_else(|| differ("largest append", &a.max_append(), &b.max_append()))
+        .or_else(|| {
+            let size = |geometry: &Geometry| geometry.zrwa().map_or(0, |area| area.size);
+            differ("size of random write areas", &size(a), &size(b))
+        })
+        .or_else(|| {
+            differ(
+                "size of descriptor extensions",
+                &a.extension_size(),
+                &b.extension_size(),
+            )
+        })
 }
 
 /// What a zone is like once nobody has it open. A zone past the end of the smaller image is like an empty one.
@@ -266,6 +277,8 @@ fn compare_zone(a: &Engine, b: &Engine, zone: u32, strict: bool) -> Option<Diffe
     };
     differ("condition", &x.condition, &y.condition)
         .or_else(|| differ("written end", &x.written, &y.written))
+        .or_else(|| differ("random write area", &x.area, &y.area))
+        .or_else(|| differ("descriptor extension", &x.extension, &y.extension))
         .or_else(capacities)
         .or_else(|| {
             if strict {
@@ -276,10 +289,17 @@ fn compare_zone(a: &Engine, b: &Engine, zone: u32, strict: bool) -> Option<Diffe
         })
 }
 
+/// How a thing is told that a zone has not.
+const NONE: &str = "none";
+
 struct State {
     condition: Condition,
     /// Bytes from the zone's start.
     written: u64,
+    /// Whether it has a random write area, and where that begins.
+    area: String,
+    /// Whether it has a descriptor extension, and the checksum of that.
+    extension: String,
     counters: String,
 }
 
@@ -290,13 +310,16 @@ impl State {
             return State {
                 condition: Condition::Empty,
                 written: 0,
+                area: NONE.to_owned(),
+                extension: NONE.to_owned(),
                 counters: String::new(),
             };
         }
-        let info = engine.info(zone);
+        let (info, record) = (engine.info(zone), engine.record(zone));
+        let is_plain = !record.zrwa && record.extension.is_none();
         let written = info.written_end - info.start;
         let condition = match info.condition {
-            open if open.is_open() && written == 0 => Condition::Empty,
+            open if open.is_open() && written == 0 && is_plain => Condition::Empty,
             open if open.is_open() => Condition::Closed,
             other => other,
         };
@@ -304,6 +327,14 @@ impl State {
         State {
             condition,
             written,
+            area: match record.zrwa {
+                true => format!("at {}", record.written),
+                false => NONE.to_owned(),
+            },
+            extension: match record.extension {
+                Some(checksum) => format!("with checksum {checksum:#010x}"),
+                None => NONE.to_owned(),
+            },
             counters: format!(
                 "{} resets, {} finishes, {} bytes written",
                 counters.resets, counters.finishes, counters.bytes_written

@@ -246,13 +246,16 @@ impl<'a> Copy<'a> {
         (at >= end).then(|| len.min(geometry.end(geometry.zone_of(at)) - at))
     }
 
-    /// Where data ends in the zone that holds this byte, if it is one that is written in order.
+    /// Where data ends in the zone that holds this byte, if it is one that is written in order and whose bytes above that
+    /// do not matter.
     fn written_end(&self, at: u64) -> Option<u64> {
         let engine = self.source.engine()?;
         let geometry = engine.geometry();
         let zone = geometry.zone_of(at);
-        let ordered = geometry.zone_type(zone) == ZoneType::SequentialRequired;
-        ordered.then(|| geometry.start(zone) + engine.record(zone).written)
+        let record = engine.record(zone);
+        // Above a random write area there must be zeros.
+        let ordered = geometry.zone_type(zone) == ZoneType::SequentialRequired && !record.zrwa;
+        ordered.then(|| geometry.start(zone) + record.written)
     }
 
     /// Reads a piece of the source and finds what of it must be written.

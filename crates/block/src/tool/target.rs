@@ -8,7 +8,7 @@ use zbdkit_spec::sidecar;
 use zbdkit_zone::{Engine, Geometry};
 
 use super::ToolError;
-use super::zones::misfit;
+use super::zones::{check_records, misfit};
 use crate::create::{CreateError, replace};
 use crate::device::Device;
 use crate::error::OpenError;
@@ -101,7 +101,7 @@ pub fn check_zones(source: &Device, geometry: &Geometry) -> Result<(), ToolError
         true => from.record(zone),
         false => zbdkit_zone::ZoneRecord::default(),
     };
-    Engine::new(*geometry, record)
-        .map(drop)
-        .map_err(|error| ToolError::Refused(format!("the zones do not fit: {error}")))
+    let target = Engine::new(*geometry, record)
+        .map_err(|error| ToolError::Refused(format!("the zones do not fit: {error}")))?;
+    check_records(from, &target)
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use zbdkit_zone::{Counters, Geometry, ZoneNo, ZoneRecord};
+use zbdkit_zone::{Counters, Engine, Geometry, ZoneNo, ZoneRecord};
 
 use super::ToolError;
 use crate::device::Device;
@@ -62,10 +62,7 @@ impl Plan {
                     return Err(ToolError::Refused(problem));
                 }
                 // Before anything is copied for nothing.
-                for zone in from.geometry().zones() {
-                    to.check(zone, &from.record(zone))
-                        .map_err(|error| ToolError::Refused(format!("the zones do not fit: {error}")))?;
-                }
+                check_records(from, to)?;
                 Ok(Plan::Keep)
             }
         }
@@ -100,6 +97,7 @@ impl Plan {
         match (self, source.engine(), ends) {
             (Plan::Keep, Some(from), _) => {
                 let nr_zones = from.geometry().nr_zones();
+                copy_extensions(source, target).await?;
                 install(target, |zone| match zone.0 < nr_zones {
                     true => from.record(zone),
                     false => ZoneRecord::default(),
@@ -134,6 +132,49 @@ pub async fn install(target: &Device, mut record: impl FnMut(ZoneNo) -> ZoneReco
         .collect();
     let installed = target.restore(&changes).await;
     installed.map_err(ToolError::request("writing the target's zone table", 0))
+}
+
+/// Gives the target the bytes of the source's descriptor extensions, durably, before any of its records speaks of them. A
+/// zone that has the same one keeps it; no other extension of the target may be in force where the source has one.
+pub async fn copy_extensions(source: &Device, target: &Device) -> Result<(), ToolError> {
+    let (Some(from), Some(to)) = (source.engine(), target.engine()) else {
+        return Ok(());
+    };
+    for zone in from.geometry().zones() {
+        let wanted = from.record(zone).extension;
+        if wanted.is_none() || to.record(zone).extension == wanted {
+            continue;
+        }
+        let start = from.geometry().start(zone);
+        let bytes = source.extension(start).await;
+        let bytes = bytes.map_err(ToolError::request("reading a zone descriptor extension", start))?;
+        let kept = target.keep_extension(zone, &bytes.unwrap_or_default()).await;
+        kept.map_err(ToolError::request("writing a zone descriptor extension", start))?;
+    }
+    Ok(())
+}
+
+/// That each zone of a device can become the same one of another.
+pub fn check_records(from: &Engine, to: &Engine) -> Result<(), ToolError> {
+    let refused = |why: String| Err(ToolError::Refused(format!("the zones do not fit: {why}")));
+    let (here, there) = (from.geometry(), to.geometry());
+    for zone in here.zones() {
+        let record = from.record(zone);
+        if let Err(error) = to.check(zone, &record) {
+            return refused(error.to_string());
+        }
+        if record.zrwa && here.zrwa().map(|area| area.size) != there.zrwa().map(|area| area.size) {
+            return refused(format!(
+                "zone {zone} has a random write area, and areas of the target have another size"
+            ));
+        }
+        if record.extension.is_some() && here.extension_size() != there.extension_size() {
+            return refused(format!(
+                "zone {zone} has a descriptor extension, and those of the target have another size"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Why the zones of one device cannot become those of another.

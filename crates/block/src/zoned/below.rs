@@ -24,14 +24,14 @@ impl ZonedNode {
             let conventional = geometry.start(ZoneNo(geometry.nr_conventional()));
             return self.child.map(offset, end.min(conventional) - offset).await;
         }
-        let data_end = geometry.start(zone) + self.engine.record(zone).written;
+        let data_end = geometry.data_end(zone, &self.engine.record(zone));
         if offset < data_end {
             return self.child.map(offset, end.min(data_end) - offset).await;
         }
         let with_data = (zone.0 + 1..geometry.nr_zones())
             .map(ZoneNo)
             .take_while(|zone| geometry.start(*zone) < end)
-            .find(|zone| self.engine.record(*zone).written != 0);
+            .find(|zone| geometry.data_end(*zone, &self.engine.record(*zone)) != geometry.start(*zone));
         let zeros_end = with_data.map_or(end, |zone| geometry.start(zone));
         Ok(MapExtent::zeros(zeros_end - offset))
     }
@@ -42,6 +42,11 @@ impl ZonedNode {
         self.check_epoch()?;
         for (zone, record) in records {
             self.engine.check(*zone, record).map_err(impossible)?;
+            if record.zrwa {
+                let geometry = self.engine.geometry();
+                let range = geometry.start(*zone)..geometry.end(*zone);
+                self.child.write_anywhere(range).await?;
+            }
         }
         for batch in records.chunks(BATCH) {
             match &self.durability {

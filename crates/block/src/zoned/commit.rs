@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use zbdkit_zone::{Engine, ZoneNo, ZoneRecord};
 
-use super::mirror::Mirror;
+use super::mirror::{Mirror, is_beyond_bare_tables};
 use super::open::Holder;
 use super::rounds::Rounds;
 use super::table::{Table, TableError};
@@ -211,7 +211,7 @@ async fn run(work: Work, tables: &mut Tables, at: &Image<'_>) -> Result<(), i32>
         return Ok(());
     }
     if let Some(holder) = &tables.holder
-        && changes.values().any(|record| record.read_only || record.offline)
+        && changes.values().any(is_beyond_bare_tables)
     {
         holder.mark().await.map_err(|error| error.errno())?;
     }

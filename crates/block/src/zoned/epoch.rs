@@ -16,6 +16,11 @@ impl Opening<'_> {
     /// Makes durable what this opening found, so that nothing older can come back: what a killed process left in
     /// the page cache counts from now on.
     pub(super) async fn settle(&mut self, recovered: bool) -> Result<(), OpenError> {
+        for (zone, _) in self.records.iter().filter(|(_, record)| record.zrwa) {
+            let zone = ZoneNo(*zone);
+            let range = self.geometry.start(zone)..self.geometry.end(zone);
+            self.child.write_anywhere(range).await?;
+        }
         self.child.flush().await?;
         let place = &self.place;
         let failed = |error| place.table_error(error);
@@ -44,15 +49,16 @@ impl Opening<'_> {
     }
 
     /// In a sequential-preferred zone the pointer may pass a write in flight, and if that one fails, what was there
-    /// before shows. A crash leaves there what it lost, or what a reset had not yet freed: zeros must be there.
+    /// before shows. A random write area moves over blocks that nobody writes. A crash leaves there what it lost, or what
+    /// a reset had not yet freed: zeros must be there.
     async fn zero_above_pointers(&self) -> Result<(), OpenError> {
         let lane = Lane::new(None, 0);
         for zone in self.geometry.zones() {
-            if self.geometry.zone_type(zone) != ZoneType::SequentialPreferred {
+            let record = self.records.get(&zone.0).copied().unwrap_or_default();
+            if self.geometry.zone_type(zone) != ZoneType::SequentialPreferred && !record.zrwa {
                 continue;
             }
-            let written = self.records.get(&zone.0).map_or(0, |record| record.written);
-            let (start, end) = (self.geometry.start(zone) + written, self.geometry.end(zone));
+            let (start, end) = (self.geometry.data_end(zone, &record), self.geometry.end(zone));
             if start < end {
                 self.child.write_zeroes(&lane, start, end - start, true).await?;
             }

@@ -5,13 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use zbdkit_io::File;
-use zbdkit_spec::sidecar::{Header, MAGIC, VERSION};
-use zbdkit_zone::{Geometry, GeometrySpec, Model, Zns, ZoneRecord};
+use zbdkit_spec::sidecar::{Header, MAGIC, VERSION, VERSION_ZNS, ZNS_EXPLICIT_COMMIT};
+use zbdkit_zone::{Geometry, GeometrySpec, Model, Zns, ZoneRecord, Zrwa};
 use zerocopy::FromZeros;
 
 use super::place::{Place, host_error};
 use super::run_state::file_stamp;
-use super::table::{RESERVED, Table, reserve, table_size};
+use super::table::{RESERVED, Table, extension_size, reserve, slots_offset, table_size};
 use crate::error::OpenError;
 use crate::host::{FileId, FileOptions, Host};
 
@@ -44,9 +44,10 @@ async fn fill_sidecar(
     let failed = |doing| move |source| OpenError::file(path, doing, source);
     let uuid = uuid::Uuid::new_v4();
     let data_id = host.identity(data).map_err(failed("cannot be identified"))?;
-    let size = table_size(geometry.nr_zones());
+    let size = table_size(geometry.nr_zones(), geometry.extension_size());
     file.set_len(size).map_err(failed("cannot be made that large"))?;
-    reserve(&file, size.min(RESERVED))
+    // The slots of descriptor extensions stay sparse: a full disk fails the command that sets one.
+    reserve(&file, slots_offset(geometry.nr_zones()).min(RESERVED))
         .await
         .map_err(failed("gets no space"))?;
     let header = new_header(geometry, uuid, data_id);
@@ -66,7 +67,12 @@ pub fn new_header(geometry: &Geometry, uuid: uuid::Uuid, data: FileId) -> Box<He
     let spec = geometry.spec();
     let mut header = Box::new(Header::new_zeroed());
     header.magic = MAGIC;
-    header.version = VERSION.into();
+    // A table of a device without these things stays one that older programs read.
+    header.version = match spec.zns {
+        Zns::NONE => VERSION,
+        _ => VERSION_ZNS,
+    }
+    .into();
     header.uuid = uuid.into_bytes();
     header.model = match spec.model {
         Model::HostManaged => 1,
@@ -82,7 +88,35 @@ pub fn new_header(geometry: &Geometry, uuid: uuid::Uuid, data: FileId) -> Box<He
     header.max_open = spec.max_open.into();
     header.max_active = spec.max_active.into();
     header.data_file = file_stamp(data);
+    header.extension_size = spec.zns.extension_size.into();
+    if let Some(zrwa) = spec.zns.zrwa {
+        header.zrwa_size = zrwa.size.into();
+        header.zrwa_granularity = zrwa.granularity.into();
+        header.zrwa_count = zrwa.count.into();
+        header.zns_flags = if zrwa.explicit_commit {
+            ZNS_EXPLICIT_COMMIT
+        } else {
+            0
+        };
+    }
     header
+}
+
+/// What only Zoned Namespaces have, as a header says.
+pub fn zns_of(header: &Header) -> Zns {
+    if header.version.get() != VERSION_ZNS {
+        return Zns::NONE;
+    }
+    let zrwa = Zrwa {
+        size: header.zrwa_size.get(),
+        granularity: header.zrwa_granularity.get(),
+        count: header.zrwa_count.get(),
+        explicit_commit: header.zns_flags & ZNS_EXPLICIT_COMMIT != 0,
+    };
+    Zns {
+        zrwa: (zrwa.size != 0).then_some(zrwa),
+        extension_size: extension_size(header),
+    }
 }
 
 /// The geometry that a header describes, or its model that nobody knows.
@@ -102,7 +136,7 @@ pub fn spec_of(header: &Header) -> Result<GeometrySpec, u8> {
         max_open: header.max_open.get(),
         max_active: header.max_active.get(),
         max_append: header.max_append.get(),
-        zns: Zns::NONE,
+        zns: zns_of(header),
     })
 }
 

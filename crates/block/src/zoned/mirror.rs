@@ -28,6 +28,12 @@ pub struct Mirror {
     unit: usize,
 }
 
+/// Whether a zone's record says what no bare table can, and what a program that knows no other must not overlook: it must
+/// not take the zone for an ordinary one.
+pub fn is_beyond_bare_tables(record: &ZoneRecord) -> bool {
+    record.read_only || record.offline || record.zrwa
+}
+
 /// What the word of a zone says: where the write pointer stands on the device, and whether there is one.
 pub fn word(geometry: &Geometry, zone: ZoneNo, record: &ZoneRecord) -> u64 {
     let start = geometry.start(zone);

@@ -5,9 +5,11 @@
 //! What a request does here: it is admitted (or waits while its zone is reset), its data goes to the child, the
 //! engine learns what became of it, the run state holds the new written end, and then it is acknowledged.
 
+mod areas;
 mod below;
 mod commit;
 mod epoch;
+mod extensions;
 mod gaps;
 mod make;
 mod mirror;
@@ -34,16 +36,19 @@ use crate::error::Error;
 use crate::limits::Limits;
 use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, Watcher, ZoneOp};
 use commit::{Committer, Image};
+use extensions::Extensions;
+pub(crate) use extensions::Slots;
 use gaps::Gaps;
 pub use make::create_sidecar;
-pub(crate) use make::{Records, new_header, spec_of};
-pub(crate) use mirror::{Mirror, word as bare_word, words as bare_words};
+pub(crate) use make::{Records, new_header, spec_of, zns_of};
+pub(crate) use mirror::{Mirror, is_beyond_bare_tables, word as bare_word, words as bare_words};
 pub(crate) use open::{Holder, Inside};
 pub use open::{ImageStatus, RunStateMode, ZonedOptions};
 pub use place::default_sidecar;
 pub(crate) use place::{Place, host_error};
 pub(crate) use table::{
-    Finding, Loaded, Salvaged, Table, TableError, read_at, table_size, write_at, zones_of,
+    Finding, Loaded, Salvaged, Table, TableError, drop_damaged, extension_size, read_at, table_size,
+    write_at, zones_of,
 };
 use waiters::{Waiters, lock};
 
@@ -57,6 +62,7 @@ pub struct ZonedNode {
     waiters: Waiters,
     gaps: Gaps,
     durability: Durability,
+    extensions: Extensions,
     status: Option<ImageStatus>,
     watchers: Mutex<Vec<Watcher>>,
 }
@@ -468,6 +474,21 @@ impl Node for ZonedNode {
 
     fn reset_all<'a>(&'a self) -> Request<'a, ()> {
         Box::pin(self.reset_every_zone())
+    }
+
+    fn commit_zrwa<'a>(&'a self, end: u64) -> Request<'a, ()> {
+        Box::pin(self.commit_area(end))
+    }
+
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
+        Box::pin(self.attach(zone_start, extension))
+    }
+
+    fn extension<'a>(&'a self, zone_start: u64) -> Request<'a, Option<Vec<u8>>> {
+        Box::pin(async move {
+            let zone = self.engine.geometry().zone_at(zone_start)?;
+            self.extension_of(zone).await
+        })
     }
 
     fn watch(&self, watcher: Watcher) {

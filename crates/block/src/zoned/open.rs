@@ -10,6 +10,7 @@ use zbdkit_spec::sidecar::{BLOCK, OPEN};
 use zbdkit_zone::{Engine, Geometry, ZoneNo, ZoneRecord};
 
 use super::commit::Committer;
+use super::extensions::{Extensions, Slots};
 use super::gaps::Gaps;
 use super::make::{Records, spec_of};
 use super::mirror::Mirror;
@@ -99,12 +100,10 @@ impl ZonedNode {
         let engine =
             Engine::new(geometry, |_| ZoneRecord::default()).map_err(|e| OpenError::Graph(e.to_string()))?;
         let waiters = Waiters::new(RunState::None);
+        let durability = Durability::Volatile;
+        let extensions = Extensions::in_memory();
         Ok(ZonedNode::assemble(
-            child,
-            engine,
-            waiters,
-            Durability::Volatile,
-            None,
+            child, engine, waiters, durability, extensions, None,
         ))
     }
 
@@ -113,11 +112,14 @@ impl ZonedNode {
         child: Arc<dyn Node>,
         geometry: Geometry,
         records: &Records,
+        slots: Option<Slots>,
         driver: &'static str,
     ) -> Result<ZonedNode, OpenError> {
         let engine = engine_of(geometry, records).map_err(|e| OpenError::Graph(e.to_string()))?;
         let waiters = Waiters::new(RunState::None);
-        let mut node = ZonedNode::assemble(child, engine, waiters, Durability::ReadOnly, None);
+        let extensions = slots.map_or(Extensions::None, Extensions::Slots);
+        let durability = Durability::ReadOnly;
+        let mut node = ZonedNode::assemble(child, engine, waiters, durability, extensions, None);
         node.driver = driver;
         Ok(node)
     }
@@ -148,6 +150,7 @@ impl ZonedNode {
         engine: Engine,
         waiters: Waiters,
         durability: Durability,
+        extensions: Extensions,
         status: Option<ImageStatus>,
     ) -> ZonedNode {
         let mut limits = child.limits().clone();
@@ -163,6 +166,7 @@ impl ZonedNode {
             waiters,
             gaps: Gaps::default(),
             durability,
+            extensions,
             status,
             watchers: Mutex::default(),
         }
@@ -331,17 +335,21 @@ impl<'a> Opening<'a> {
             .map_err(|error| self.place.error(&format!("the zone table is damaged: {error}")))?;
         if self.read_only {
             let waiters = Waiters::new(RunState::None);
-            let node = ZonedNode::assemble(self.child, engine, waiters, Durability::ReadOnly, status);
+            let extensions = Extensions::of(&self.table);
+            let durability = Durability::ReadOnly;
+            let node = ZonedNode::assemble(self.child, engine, waiters, durability, extensions, status);
             return Ok((node, self.notices));
         }
         self.settle(recovered).await?;
         let run_state = self.begin_epoch().await?;
         let sync_writes = *self.run_state == RunStateMode::Sync;
+        let extensions = Extensions::of(&self.table);
         let durability = Durability::Table {
             committer: Box::new(Committer::new(self.table, self.mirror, self.holder)),
             sync_writes,
         };
-        let node = ZonedNode::assemble(self.child, engine, Waiters::new(run_state), durability, status);
+        let waiters = Waiters::new(run_state);
+        let node = ZonedNode::assemble(self.child, engine, waiters, durability, extensions, status);
         Ok((node, self.notices))
     }
 
@@ -415,7 +423,7 @@ impl<'a> Opening<'a> {
             // The counter of bytes is as old as the table; what was written since is known by how far the end moved.
             let moved = word.written() - record.written;
             record.counters.bytes_written = record.counters.bytes_written.saturating_add(moved);
-            record.written = word.written();
+            record.write_to(word.written(), self.geometry.capacity(zone));
         }
     }
 

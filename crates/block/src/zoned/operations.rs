@@ -1,4 +1,4 @@
-//! Operations on whole zones: reset, finish and what the operator sets. A zone is closed to everybody else, drained,
+//! Operations on whole zones: reset, finish, the allocation of random write areas, and what the operator sets. A zone is closed to everybody else, drained,
 //! made durable as it will be, and only then is.
 
 use std::future::poll_fn;
@@ -14,11 +14,15 @@ use crate::node::{Lane, ZoneOp};
 
 impl ZonedNode {
     /// Closes the zone to everybody else and waits until nobody is left in it.
-    async fn begin(&self, zone: ZoneNo, op: ExclusiveOp) -> Result<Option<ExclusivePermit>, Error> {
+    pub(super) async fn begin(
+        &self,
+        zone: ZoneNo,
+        op: ExclusiveOp,
+    ) -> Result<Option<ExclusivePermit>, Error> {
         self.admit(|| self.engine.begin(zone, op)).await
     }
 
-    async fn drain(&self, permit: &ExclusivePermit) {
+    pub(super) async fn drain(&self, permit: &ExclusivePermit) {
         poll_fn(|cx| {
             if self.engine.drained(permit) {
                 return Poll::Ready(());
@@ -33,7 +37,7 @@ impl ZonedNode {
         .await;
     }
 
-    /// Reset, finish and what the operator sets: durable, then done.
+    /// An operation on a zone: durable, then done.
     async fn exclusive(&self, zone: ZoneNo, op: ExclusiveOp) -> Result<(), Error> {
         self.check_epoch()?;
         let Some(permit) = self.begin(zone, op).await? else {
@@ -47,11 +51,19 @@ impl ZonedNode {
             };
         };
         self.drain(&permit).await;
+        if let Err(error) = self.engine.confirm(&permit) {
+            self.engine.abort(permit, &self.waiters);
+            return Err(error.into());
+        }
         self.finish_exclusive(vec![permit], op).await
     }
 
     /// The rest of an operation on drained zones.
-    async fn finish_exclusive(&self, permits: Vec<ExclusivePermit>, op: ExclusiveOp) -> Result<(), Error> {
+    pub(super) async fn finish_exclusive(
+        &self,
+        permits: Vec<ExclusivePermit>,
+        op: ExclusiveOp,
+    ) -> Result<(), Error> {
         let records: Vec<(ZoneNo, ZoneRecord)> = permits
             .iter()
             .map(|permit| (permit.zone(), self.engine.record_after(permit)))
@@ -59,6 +71,11 @@ impl ZonedNode {
         let result = self.make_durable(&records, op).await;
         for permit in permits {
             match result {
+                Ok(()) if op == ExclusiveOp::Reset => {
+                    // Before the zone can get another one.
+                    self.extensions.forget(permit.zone());
+                    self.engine.commit(permit, &self.waiters);
+                }
                 Ok(()) => self.engine.commit(permit, &self.waiters),
                 Err(_) => self.engine.abort(permit, &self.waiters),
             }
@@ -67,6 +84,12 @@ impl ZonedNode {
     }
 
     async fn make_durable(&self, records: &[(ZoneNo, ZoneRecord)], op: ExclusiveOp) -> Result<(), Error> {
+        if op == ExclusiveOp::OpenZrwa {
+            // The flush below syncs these zeros before it writes the record that lets them be read.
+            for (zone, _) in records {
+                self.zero_above(*zone).await?;
+            }
+        }
         match (&self.durability, op) {
             (Durability::ReadOnly, _) => return Err(Error::ReadOnly),
             // The table alone decides: a word of the run state counts only while its generation is the table's, so
@@ -163,8 +186,12 @@ impl ZonedNode {
             ZoneOp::SetReadOnly => self.exclusive(zone, ExclusiveOp::SetReadOnly).await,
             ZoneOp::SetOffline => self.exclusive(zone, ExclusiveOp::SetOffline).await,
             ZoneOp::SetNormal => self.exclusive(zone, ExclusiveOp::SetNormal).await,
-            ZoneOp::OpenZrwa => Err(Error::NotSupported("a zone random write area")),
-            ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => Err(Error::NotSupported("zone attributes")),
+            ZoneOp::OpenZrwa if self.engine.geometry().zrwa().is_none() => {
+                Err(Error::NotSupported("a zone random write area"))
+            }
+            ZoneOp::OpenZrwa => self.exclusive(zone, ExclusiveOp::OpenZrwa).await,
+            ZoneOp::FinishByDevice => self.exclusive(zone, ExclusiveOp::FinishByDevice).await,
+            ZoneOp::Recommend(what) => self.exclusive(zone, ExclusiveOp::Recommend(what)).await,
         }
     }
 

@@ -11,13 +11,14 @@ use std::io;
 
 use zbdkit_io::{File, IoBuf};
 use zbdkit_spec::sidecar::{
-    BLOCK, BLOCK_MAGIC, ENTRIES_PER_BLOCK, ENTRY_FINISHED, ENTRY_OFFLINE, ENTRY_READ_ONLY, Entry, Header,
-    MAGIC, TABLE_OFFSET, TableBlock, VERSION,
+    ATTRIBUTE_BY_DEVICE, ATTRIBUTE_EXTENSION, ATTRIBUTE_FINISH_RECOMMENDED, ATTRIBUTE_RESET_RECOMMENDED,
+    ATTRIBUTE_ZRWA, BLOCK, BLOCK_MAGIC, ENTRIES_PER_BLOCK, ENTRY_FINISHED, ENTRY_OFFLINE, ENTRY_READ_ONLY,
+    EXTENSION_SLOT, Entry, Header, MAGIC, TABLE_OFFSET, TableBlock, VERSION, VERSION_ZNS,
 };
-use zbdkit_zone::{Counters, MAX_ZONES, ZoneRecord};
+use zbdkit_zone::{Counters, MAX_EXTENSION_SIZE, MAX_ZONES, Recommendation, ZoneNo, ZoneRecord};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-pub use mend::{Finding, Salvaged, zones_of};
+pub use mend::{Finding, Salvaged, drop_damaged, zones_of};
 
 /// Why a table cannot be used; the opener adds the path.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +55,12 @@ pub enum TableError {
         first: u64,
         /// Its last zone.
         last: u64,
+    },
+    /// A zone's descriptor extension is not what its record says.
+    #[error("the descriptor extension of zone {zone} is damaged: its checksum does not match")]
+    ExtensionDamaged {
+        /// The zone.
+        zone: ZoneNo,
     },
     /// A copy that was current at the last clean close is gone.
     #[error("a damaged copy held the newest state of some zones of a cleanly closed image")]
@@ -99,9 +106,27 @@ pub async fn reserve(file: &File, len: u64) -> io::Result<()> {
     }
 }
 
-/// The bytes of a table for `nr_zones` zones.
-pub fn table_size(nr_zones: u32) -> u64 {
+/// The bytes of a table for `nr_zones` zones and of the slots of their descriptor extensions, of that many bytes each.
+pub fn table_size(nr_zones: u32, extension_size: u32) -> u64 {
+    slots_offset(nr_zones) + u64::from(nr_zones) * slot_size(extension_size)
+}
+
+/// Where the slots of descriptor extensions begin, bytes from the table's beginning.
+pub fn slots_offset(nr_zones: u32) -> u64 {
     TABLE_OFFSET + 2 * BLOCK as u64 * blocks(nr_zones)
+}
+
+/// Bytes from one slot to the next.
+pub fn slot_size(extension_size: u32) -> u64 {
+    u64::from(extension_size.next_multiple_of(EXTENSION_SLOT))
+}
+
+/// Bytes of a descriptor extension, as a header says.
+pub fn extension_size(header: &Header) -> u32 {
+    match header.version.get() {
+        VERSION_ZNS => header.extension_size.get(),
+        _ => 0,
+    }
 }
 
 fn blocks(nr_zones: u32) -> u64 {
@@ -167,6 +192,11 @@ impl Table {
     /// The current header.
     pub fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// Where the table begins in its file, bytes.
+    pub fn base(&self) -> u64 {
+        self.base
     }
 
     /// The file that holds the table.
@@ -388,7 +418,7 @@ async fn read_header(
         .flatten()
         .max_by_key(|header| header.generation.get());
     let best = best.ok_or(TableError::HeaderDamaged)?;
-    if best.version.get() != VERSION {
+    if !matches!(best.version.get(), VERSION | VERSION_ZNS) {
         return Err(TableError::Version(best.version.get()));
     }
     if !is_consistent(best) {
@@ -412,6 +442,7 @@ fn is_consistent(header: &Header) -> bool {
     zone_size != 0
         && header.size.get().div_ceil(zone_size) == u64::from(nr_zones)
         && nr_zones <= MAX_ZONES
+        && extension_size(header) <= MAX_EXTENSION_SIZE
         && header.generation.get() < COUNTER_END
         && header.epoch.get() < COUNTER_END
 }
@@ -457,16 +488,34 @@ fn entry_of(record: &ZoneRecord) -> Entry {
         flags: flag(record.finished, ENTRY_FINISHED)
             | flag(record.read_only, ENTRY_READ_ONLY)
             | flag(record.offline, ENTRY_OFFLINE),
+        attributes: flag(record.finished_by_device, ATTRIBUTE_BY_DEVICE)
+            | flag(record.zrwa, ATTRIBUTE_ZRWA)
+            | flag(record.extension.is_some(), ATTRIBUTE_EXTENSION)
+            | match record.recommended {
+                None => 0,
+                Some(Recommendation::Finish) => ATTRIBUTE_FINISH_RECOMMENDED,
+                Some(Recommendation::Reset) => ATTRIBUTE_RESET_RECOMMENDED,
+            },
+        extension_crc: record.extension.unwrap_or(0).into(),
         ..Entry::new_zeroed()
     }
 }
 
 fn record_of(entry: &Entry) -> ZoneRecord {
+    let has = |attribute: u8| entry.attributes & attribute != 0;
     ZoneRecord {
         written: entry.written.get(),
         finished: entry.flags & ENTRY_FINISHED != 0,
         read_only: entry.flags & ENTRY_READ_ONLY != 0,
         offline: entry.flags & ENTRY_OFFLINE != 0,
+        zrwa: has(ATTRIBUTE_ZRWA),
+        extension: has(ATTRIBUTE_EXTENSION).then(|| entry.extension_crc.get()),
+        finished_by_device: has(ATTRIBUTE_BY_DEVICE),
+        recommended: if has(ATTRIBUTE_FINISH_RECOMMENDED) {
+            Some(Recommendation::Finish)
+        } else {
+            has(ATTRIBUTE_RESET_RECOMMENDED).then_some(Recommendation::Reset)
+        },
         counters: Counters {
             resets: entry.resets.get(),
             finishes: entry.finishes.get(),

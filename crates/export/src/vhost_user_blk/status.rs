@@ -38,7 +38,9 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
     match error {
         ZoneError::OutOfRange { .. } => out_of_range(kind),
         ZoneError::Unaligned { .. } => unaligned(kind),
-        ZoneError::NotAtWritePointer { .. } => Status::ZoneUnalignedWp,
+        ZoneError::NotAtWritePointer { .. } | ZoneError::OutsideRandomWriteArea { .. } => {
+            Status::ZoneUnalignedWp
+        }
         ZoneError::TooManyOpen { .. } => Status::ZoneOpenResource,
         ZoneError::TooManyActive { .. } => Status::ZoneActiveResource,
         ZoneError::AppendUnsupported => Status::Unsupp,
@@ -53,7 +55,8 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
         | ZoneError::AppendTooLarge { .. }
         | ZoneError::InvalidTransition { .. }
         | ZoneError::RandomWriteArea { .. }
-        | ZoneError::NoRandomWriteArea { .. } => Status::ZoneInvalidCmd,
+        | ZoneError::NoRandomWriteArea { .. }
+        | ZoneError::NotRandomWritable { .. } => Status::ZoneInvalidCmd,
         // Not the driver's fault, and no rule of zones either.
         ZoneError::Poisoned { .. } => Status::IoErr,
     }

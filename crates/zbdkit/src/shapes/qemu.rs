@@ -113,10 +113,25 @@ pub struct Zoned {
     pub max_active_zones: u32,
     pub max_open_zones: u32,
     pub max_append_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zrwa: Option<Zrwa>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub descr_ext_size: Option<u32>,
     pub block_size: u32,
     pub conditions: Conditions,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub table: Option<Table>,
+}
+
+/// The zone random write areas of an image.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Zrwa {
+    pub size: u64,
+    pub granularity: u64,
+    /// 0: no limit.
+    pub max: u32,
+    pub explicit_commit: bool,
 }
 
 /// The zone table in an image.
@@ -140,6 +155,13 @@ impl Zoned {
             max_active_zones: geometry.max_active(),
             max_open_zones: geometry.max_open(),
             max_append_bytes: geometry.max_append(),
+            zrwa: geometry.zrwa().map(|zrwa| Zrwa {
+                size: zrwa.size,
+                granularity: zrwa.granularity,
+                max: zrwa.count,
+                explicit_commit: zrwa.explicit_commit,
+            }),
+            descr_ext_size: Some(geometry.extension_size()).filter(|size| *size != 0),
             block_size: geometry.block_size(),
             conditions,
             table,

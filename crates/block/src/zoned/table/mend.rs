@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::*;
+use crate::zoned::extensions::Slots;
 
 /// What is wrong with a table that has a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +27,11 @@ pub enum Finding {
         /// The block.
         index: u64,
     },
+    /// A zone's descriptor extension is not what its record says.
+    Extension {
+        /// The zone.
+        zone: ZoneNo,
+    },
     /// The blocks are not those of the last clean close.
     Outdated,
 }
@@ -47,6 +53,7 @@ impl fmt::Display for Finding {
                 )
             }
             Finding::Lost { index } => write!(f, "both copies of zone table block {index} are damaged"),
+            Finding::Extension { zone } => TableError::ExtensionDamaged { zone: *zone }.fmt(f),
             Finding::Outdated => TableError::Outdated.fmt(f),
         }
     }
@@ -62,6 +69,37 @@ pub struct Salvaged {
     pub findings: Vec<Finding>,
 }
 
+impl Salvaged {
+    /// Reads each descriptor extension that a record speaks of, and adds those to the findings that are damaged.
+    pub async fn check_extensions(&mut self) -> Result<(), TableError> {
+        let Some(slots) = Slots::of(&self.table) else {
+            return Ok(());
+        };
+        for (zone, record) in &self.records {
+            let (Some(checksum), zone) = (record.extension, ZoneNo(*zone)) else {
+                continue;
+            };
+            match slots.checked(zone, checksum).await {
+                Ok(_) => {}
+                Err(TableError::ExtensionDamaged { zone }) => self.findings.push(Finding::Extension { zone }),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes damaged descriptor extensions out of the records of their zones: nothing has their bytes any more.
+pub fn drop_damaged(findings: &[Finding], records: &mut BTreeMap<u32, ZoneRecord>) {
+    for finding in findings {
+        if let Finding::Extension { zone } = finding
+            && let Some(record) = records.get_mut(&zone.0)
+        {
+            record.extension = None;
+        }
+    }
+}
+
 /// The zones of a block.
 pub fn zones_of(index: u64, nr_zones: u32) -> std::ops::Range<u32> {
     let first = (index as u32).saturating_mul(ENTRIES_PER_BLOCK);
@@ -74,7 +112,7 @@ impl Table {
         let mut findings = Vec::new();
         let header = read_header(&file, base, actual, &mut findings).await?;
         let nr_zones = header.nr_zones.get();
-        let expected = table_size(nr_zones);
+        let expected = table_size(nr_zones, extension_size(&header));
         if actual < expected {
             return Err(TableError::Truncated { actual, expected });
         }
@@ -113,7 +151,8 @@ impl Table {
                 Finding::Half { index: at, .. }
                 | Finding::Torn { index: at }
                 | Finding::Lost { index: at } => at == index,
-                _ => false,
+                Finding::Extension { zone } => u64::from(zone.0 / ENTRIES_PER_BLOCK) == index,
+                Finding::Header | Finding::Outdated => false,
             };
             let found = findings.iter().find(|finding| is(finding));
             let block: BTreeMap<u32, ZoneRecord> = zones_of(index, nr_zones)

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use zbdkit_block::tool::{self, TargetHolds};
-use zbdkit_block::{CreateOptions, Device, Graph, Qcow2CreateOptions, default_sidecar};
-use zbdkit_zone::Model;
+use zbdkit_block::{CreateOptions, Device, Graph, Qcow2CreateOptions, ZnsOptions, default_sidecar};
+use zbdkit_zone::{GeometrySpec, Model};
 
 use super::Convert;
 use crate::image::{Session, graph_as, looking};
@@ -229,6 +229,24 @@ fn size(asked: &Asked, source: &Device) -> anyhow::Result<u64> {
     }
 }
 
+/// What only Zoned Namespaces have: the source's with what the options change.
+fn zns(asked: &Asked, spec: &GeometrySpec) -> ZnsOptions {
+    let here = spec.zns.zrwa;
+    let size = asked.number("zone.zrwa_size").or(here.map(|zrwa| zrwa.size));
+    // Without areas there is nothing more to be said of them.
+    let kept = here.filter(|_| size != Some(0));
+    let granularity = asked.number("zone.zrwa_granularity");
+    let count = asked.count("zone.max_zrwa");
+    ZnsOptions {
+        zrwa_size: size,
+        zrwa_granularity: granularity.or(kept.map(|zrwa| zrwa.granularity)),
+        max_zrwa: count.or(kept.map(|zrwa| zrwa.count)),
+        extension_size: asked
+            .count("zone.descr_ext_size")
+            .unwrap_or(spec.zns.extension_size),
+    }
+}
+
 /// The target's zones: the source's with what the options change; of a source without zones those that the options
 /// describe, if they do.
 fn zones(asked: &Asked, path: &Path, size: u64, source: &Device) -> anyhow::Result<Option<CreateOptions>> {
@@ -280,6 +298,7 @@ fn zones(asked: &Asked, path: &Path, size: u64, source: &Device) -> anyhow::Resu
         max_active: asked.count("zone.max_active_zones").unwrap_or(spec.max_active),
         max_append: Some(asked.number("zone.max_append_bytes").unwrap_or(spec.max_append)),
         block_size: asked.count("block_size").unwrap_or(spec.block_size),
+        zns: zns(asked, &spec),
         sidecar: asked.text("sidecar").map(PathBuf::from),
         force: true,
         ..CreateOptions::new(path, size)

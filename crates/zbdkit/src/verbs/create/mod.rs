@@ -58,6 +58,22 @@ pub struct Create {
     #[arg(long, value_name = "BYTES", value_parser = args::bytes)]
     pub max_append: Option<u64>,
 
+    /// Size of a zone random write area (NVMe ZRWA) in bytes, a multiple of the granularity, 0 for none [default: 0]
+    #[arg(long, value_name = "BYTES", value_parser = args::bytes)]
+    pub zrwa_size: Option<u64>,
+
+    /// The write pointer of a zone with such an area moves by multiples of BYTES [default: the block size]
+    #[arg(long, value_name = "BYTES", value_parser = args::bytes)]
+    pub zrwa_granularity: Option<u64>,
+
+    /// At most N zones have such an area at a time, 0 for no limit [default: 0]
+    #[arg(long, value_name = "N", value_parser = args::count)]
+    pub max_zrwa: Option<u32>,
+
+    /// Size of a zone descriptor extension (NVMe) in bytes, a multiple of 64 up to 16320, 0 for none [default: 0]
+    #[arg(long, value_name = "BYTES", value_parser = args::bytes)]
+    pub extension_size: Option<u64>,
+
     /// Logical block size in bytes, 512 to 65536 [default: 4096]
     #[arg(long, visible_alias = "logical-block-size", value_name = "BYTES", value_parser = args::bytes)]
     pub block_size: Option<u64>,
@@ -122,6 +138,7 @@ Examples:
   zbdkit create -f qcow2 plain.qcow2 20G
   zbdkit create smr.raw 8T --zone-size 256M --conventional 64 --model host-aware
   zbdkit create zns.raw 64G --zone-size 128M --zone-capacity 96M --block-size 4k
+  zbdkit create zns.raw 64G --zone-size 128M --max-active 14 --zrwa-size 1M --max-zrwa 8
 
 The file takes the space of what is written. Sizes are bytes with a suffix k, M, G, T (powers of 1024).
 
@@ -139,8 +156,10 @@ Zones or not:
 JSON:
   {image, format, sidecar, uuid, size, block_size, zoned: {model, zone_size,
   zone_capacity, nr_zones, nr_conventional, max_open, max_active,
-  max_append}}; sizes in bytes, a limit of 0 is no limit; null: zoned and uuid
-  without zones, sidecar and block_size where the format has none";
+  max_append, zrwa: {size, granularity, max, explicit_commit},
+  extension_size}}; sizes in bytes, a limit of 0 is no limit; null: zoned and
+  uuid without zones, sidecar and block_size where the format has none, zrwa
+  without random write areas";
 
 pub fn run(args: Create) -> anyhow::Result<()> {
     let mut out = Out::new();
@@ -185,6 +204,18 @@ fn asked(args: &Create, format: Format) -> anyhow::Result<Asked> {
     asked.flag("--max-open", "zone.max_open_zones", count(args.max_open))?;
     asked.flag("--max-active", "zone.max_active_zones", count(args.max_active))?;
     asked.flag("--max-append", "zone.max_append_bytes", number(args.max_append))?;
+    asked.flag("--zrwa-size", "zone.zrwa_size", number(args.zrwa_size))?;
+    asked.flag(
+        "--zrwa-granularity",
+        "zone.zrwa_granularity",
+        number(args.zrwa_granularity),
+    )?;
+    asked.flag("--max-zrwa", "zone.max_zrwa", count(args.max_zrwa))?;
+    asked.flag(
+        "--extension-size",
+        "zone.descr_ext_size",
+        number(args.extension_size),
+    )?;
     asked.flag("--block-size", "block_size", number(args.block_size))?;
     let model = args.model.map(|model| Value::Text(model.name().to_owned()));
     asked.flag("--model", "zone.mode", model)?;
@@ -312,9 +343,10 @@ fn blames_zone_size(error: &GeometryError) -> bool {
 
 /// The line that qemu-img's users know, with the options that describe the image in full.
 fn raw_formatting(path: &Path, spec: &GeometrySpec) -> String {
+    let zns = zns_options(spec);
     format!(
         "Formatting '{}', fmt=raw zone.mode={} zone.size={} zone.capacity={} zone.conventional_zones={} \
-         zone.max_active_zones={} zone.max_open_zones={} zone.max_append_bytes={} block_size={} size={}",
+         zone.max_active_zones={} zone.max_open_zones={} zone.max_append_bytes={}{zns} block_size={} size={}",
         path.display(),
         shapes::model_name(spec.model),
         spec.zone_size,
@@ -326,6 +358,20 @@ fn raw_formatting(path: &Path, spec: &GeometrySpec) -> String {
         spec.block_size,
         spec.size
     )
+}
+
+/// What only NVMe devices have, as options with a space before each; nothing where there is none of it.
+fn zns_options(spec: &GeometrySpec) -> String {
+    let zrwa = spec.zns.zrwa.map_or(String::new(), |zrwa| {
+        format!(
+            " zone.zrwa_size={} zone.zrwa_granularity={} zone.max_zrwa={}",
+            zrwa.size, zrwa.granularity, zrwa.count
+        )
+    });
+    match spec.zns.extension_size {
+        0 => zrwa,
+        bytes => format!("{zrwa} zone.descr_ext_size={bytes}"),
+    }
 }
 
 fn raw_hint(path: &Path, made: &Created) -> String {

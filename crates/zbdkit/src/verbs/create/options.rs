@@ -187,6 +187,12 @@ const KNOWN: &[Known] = &[
         "so many of the first zones are conventional [0]",
     ),
     known(
+        "zone.descr_ext_size",
+        Kind::Size,
+        In::Both,
+        "bytes of a zone descriptor extension (NVMe), a multiple of 64, 0 for none [0]",
+    ),
+    known(
         "zone.max_active_zones",
         Kind::Count,
         In::Both,
@@ -205,24 +211,46 @@ const KNOWN: &[Known] = &[
         "most open zones, 0 for no limit [the active limit]",
     ),
     known(
+        "zone.max_zrwa",
+        Kind::Count,
+        In::Both,
+        "most zones with a random write area (NVMe), 0 for no limit [0]",
+    ),
+    known(
         "zone.mode",
         Kind::Word(&["host-managed", "host-aware", "none"]),
         In::Both,
         "host-managed, host-aware or (qcow2) none",
     ),
     known("zone.size", Kind::Size, In::Both, "zone size [256M]"),
+    known(
+        "zone.zrwa_granularity",
+        Kind::Size,
+        In::Both,
+        "the pointer of a zone with a random write area moves by multiples of this [block_size]",
+    ),
+    known(
+        "zone.zrwa_size",
+        Kind::Size,
+        In::Both,
+        "bytes of a zone random write area (NVMe), 0 for none [0]",
+    ),
 ];
 
 /// The options that describe zones.
-const ZONES: [&str; 8] = [
+const ZONES: [&str; 12] = [
     "block_size",
     "zone.capacity",
     "zone.conventional_zones",
+    "zone.descr_ext_size",
     "zone.max_active_zones",
     "zone.max_append_bytes",
     "zone.max_open_zones",
+    "zone.max_zrwa",
     "zone.mode",
     "zone.size",
+    "zone.zrwa_granularity",
+    "zone.zrwa_size",
 ];
 
 /// An option's value.

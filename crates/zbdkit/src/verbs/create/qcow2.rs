@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use zbdkit_block::{CreateOptions, DEFAULT_BLOCK_SIZE, DEFAULT_ZONE_SIZE};
+use zbdkit_block::{CreateOptions, DEFAULT_BLOCK_SIZE, DEFAULT_ZONE_SIZE, ZnsOptions};
 use zbdkit_qcow2::{Compression, Layout, Preallocation};
 use zbdkit_zone::{GeometrySpec, Model};
 
@@ -123,6 +123,12 @@ pub fn zone_options(asked: &Asked, path: &Path, size: u64, clamp: bool) -> anyho
         max_active: asked.count("zone.max_active_zones").unwrap_or(0),
         max_append: asked.number("zone.max_append_bytes"),
         block_size: u32::try_from(block_size).unwrap_or(u32::MAX),
+        zns: ZnsOptions {
+            zrwa_size: asked.number("zone.zrwa_size"),
+            zrwa_granularity: asked.number("zone.zrwa_granularity"),
+            max_zrwa: asked.count("zone.max_zrwa"),
+            extension_size: asked.count("zone.descr_ext_size").unwrap_or(0),
+        },
         ..CreateOptions::new(path, size)
     };
     if clamp {
@@ -170,6 +176,14 @@ fn clamp_limits(options: &mut CreateOptions) -> Vec<String> {
     warnings
 }
 
+/// The options of what only NVMe devices have, in the order of the line.
+const ZNS: [&str; 4] = [
+    "zone.zrwa_size",
+    "zone.zrwa_granularity",
+    "zone.max_zrwa",
+    "zone.descr_ext_size",
+];
+
 /// qemu-img's line. Options that have a default are always there, the others where they were asked for; sizes are
 /// bytes.
 pub fn formatting(path: &Path, asked: &Asked, layout: &Layout, zones: Option<&GeometrySpec>) -> String {
@@ -209,6 +223,9 @@ pub fn formatting(path: &Path, asked: &Asked, layout: &Layout, zones: Option<&Ge
             "zone.max_open_zones",
             number("zone.max_open_zones", zones.max_open.into()),
         );
+        for name in ZNS {
+            put(name, asked.shown(name));
+        }
     }
     let size = asked.number("size").unwrap_or(layout.size);
     put("size", Some(size.to_string()));

@@ -61,14 +61,16 @@ JSON of a qcow2 image:
   {compat, compression-type, lazy-refcounts, refcount-bits, corrupt,
   extended-l2, data-file, zoned: {mode, nr-zones, zone-size, zone-capacity,
   conventional-zones, max-active-zones, max-open-zones}}}}; ours are in zoned
-  {max-append-bytes, block-size, conditions: {CONDITION: COUNT, ...}, table:
+  {max-append-bytes, zrwa: {size, granularity, max, explicit-commit},
+  descr-ext-size, block-size, conditions: {CONDITION: COUNT, ...}, table:
   {uuid, epoch, clean}} and notices: [TEXT, ...]. Absent things are left out.
   With --backing-chain an array, the image itself first.
 
 JSON of other images:
   {image, filename, driver, size, block_size, disk_usage, zoned: {model,
   zone_size, zone_capacity, nr_zones, nr_conventional, max_open, max_active,
-  max_append} or null, conditions: {CONDITION: COUNT, ...} or null, table:
+  max_append, zrwa: {size, granularity, max, explicit_commit} or null,
+  extension_size} or null, conditions: {CONDITION: COUNT, ...} or null, table:
   {path, disk_usage, uuid, epoch, clean} or null, notices: [TEXT, ...]}; sizes
   in bytes, a limit of 0 is no limit";
 
@@ -207,6 +209,20 @@ fn print_zones(out: &mut Out, geometry: &Geometry, conditions: Option<&Condition
         0 => "max append: not supported".to_owned(),
         bytes => format!("max append: {}", format_size(bytes)),
     })?;
+    if let Some(zrwa) = spec.zns.zrwa {
+        out.line(format_args!(
+            "random write areas: {}, granularity {}, at most {}",
+            format_size(zrwa.size),
+            format_size(zrwa.granularity),
+            limit(zrwa.count)
+        ))?;
+    }
+    if spec.zns.extension_size != 0 {
+        out.line(format_args!(
+            "descriptor extensions: {} bytes",
+            spec.zns.extension_size
+        ))?;
+    }
     let conditions = conditions.iter().flat_map(|conditions| conditions.0.values());
     let counts: Vec<_> = conditions
         .map(|(name, count)| format!("{count} {name}"))
