@@ -7,6 +7,9 @@ OURS=$DEV
 nvme() { command nvme "$@" >/tmp/said 2>&1 || fail "nvme $*: $(cat /tmp/said)"; }
 lba() { echo $(($1 * ZONE_MB * 256)); }
 
+# extension: what zone 9 of DEV has for one.
+extension() { command nvme zns report-zones "$DEV" -s "$(lba 9)" -d 1 -e -o binary | tail -c 64; }
+
 # make: zones of DEV in the conditions that a host can bring about.
 make() {
 	local z
@@ -24,6 +27,7 @@ make() {
 	nvme zns close-zone "$DEV" -s "$(lba 7)"
 	run put /share/20k 8 0
 	nvme zns reset-zone "$DEV" -s "$(lba 8)"
+	nvme zns set-zone-desc "$DEV" -s "$(lba 9)" -d /share/extension
 	for z in 14 15; do run put /share/20k $z 0; done
 	sync "$DEV"
 	for ((z = 0; z < SIZE_MB / ZONE_MB; z++)); do echo "$z $(zone $z)"; done
@@ -33,6 +37,7 @@ case $PART in
 make)
 	head -c 3M /dev/urandom >/share/3M
 	head -c 20k /dev/urandom >/share/20k
+	printf '%-64s' "an extension" >/share/extension
 	for name in zbdkit qemu; do
 		echo "== $name's zones are made"
 		DEV=$OURS
@@ -40,8 +45,8 @@ make)
 		make >/tmp/made || { cat /tmp/made; fail "$name's zones cannot be made"; }
 		grep -E '^[0-9]+ [0-9]+ ..$' /tmp/made | tee /share/$name-made
 	done
-	# As they come back: no zone is open, and one that was never written is empty.
-	sed -E 's/ o[ie]$/ cl/; s/ 0 cl$/ 0 em/; s/^14 .*/14 40 ro/; s/^15 .*/15 40 of/' /share/zbdkit-made >/share/expected
+	# As they come back: no zone is open, and one that was never written is empty, but for the one with an extension.
+	sed -E 's/ o[ie]$/ cl/; /^9/! s/ 0 cl$/ 0 em/; s/^14 .*/14 40 ro/; s/^15 .*/15 40 of/' /share/zbdkit-made >/share/expected
 	expect "zones" 16 "$(wc -l </share/expected)"
 	;;
 look | again)
@@ -52,6 +57,7 @@ look | again)
 	# A report of a zone that cannot be written has no pointer to show.
 	run diff <(sed -E 's/ -?[0-9]+ (ro|of|fu)$/ \1/' /share/expected) <(sed -E 's/ -?[0-9]+ (ro|of|fu)$/ \1/' /tmp/zones)
 	run cmp /share/3M <(get 0 0 3M)
+	run cmp /share/extension <(extension)
 	for z in 1 2 3 14; do run cmp /share/20k <(get $z 0 20k); done
 	if [ $PART = look ]; then
 		run cmp /share/20k <(get 4 0 20k)
@@ -76,6 +82,7 @@ look | again)
 	DEV=$QEMU
 	expect "empty zones" $((SIZE_MB / ZONE_MB)) "$(blkzone report "$DEV" | grep -c '(em)')"
 	run cmp /share/3M <(get 0 0 3M)
+	refuse cmp /share/extension <(extension)
 	;;
 esac
 exit 0

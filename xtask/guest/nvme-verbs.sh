@@ -182,7 +182,78 @@ mistakes() {
 	does nvme zns reset-zone "$DEV" -a
 }
 
+# Descriptor extensions.
+extensions() {
+	echo "## descriptor extensions"
+	does nvme zns reset-zone "$DEV" -a
+	say nvme zns set-zone-desc "$DEV" -s "$(lba 2)" -d /tmp/64
+	state 2
+	say nvme zns set-zone-desc "$DEV" -s "$(lba 2)" -d /tmp/64
+	does write 3 0 1
+	say nvme zns set-zone-desc "$DEV" -s "$(lba 3)" -d /tmp/64
+	say nvme zns report-zones "$DEV" -e -s "$(lba 1)" -d 2
+	say nvme zns report-zones "$DEV" -S 8
+	does write 2 0 1
+	does nvme zns finish-zone "$DEV" -s "$(lba 2)"
+	state 2
+	does nvme zns reset-zone "$DEV" -s "$(lba 2)"
+	say nvme zns report-zones "$DEV" -e -s "$(lba 2)" -d 1
+	does nvme zns open-zone "$DEV" -s "$(lba 4)"
+	say nvme zns set-zone-desc "$DEV" -s "$(lba 4)" -d /tmp/64
+	for z in 5 6 7 8; do does nvme zns set-zone-desc "$DEV" -s "$(lba $z)" -d /tmp/64; done
+	say nvme zns set-zone-desc "$DEV" -s "$(lba 9)" -d /tmp/64
+	say nvme zns report-zones "$DEV" -e -s "$(lba 9)" -d 1
+	zsend 0 0x110
+	does nvme zns reset-zone "$DEV" -a
+}
+
+# Zone random write areas of 16 blocks, committed by 4.
+random_write_areas() {
+	local z
+	echo "## random write areas"
+	say nvme zns open-zone "$DEV" -s "$(lba 2)" -r
+	state 2
+	say write 2 8 2
+	state 2
+	say nvme read "$DEV" -s $(($(lba 2) + 8)) -c 1 -z 8192 -d /tmp/read
+	echo "as written: $(head -c 8192 /tmp/read | cmp - <(head -c 8192 /tmp/1M) && echo yes)"
+	say write 2 8 1
+	say write 2 0 4
+	say append 2 1
+	say write 2 31 1
+	state 2
+	say write 2 40 1
+	say write 2 3 1
+	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 19))
+	state 2
+	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 21))
+	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 19))
+	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 47))
+	state 2
+	does nvme zns open-zone "$DEV" -s "$(lba 3)"
+	say nvme zns open-zone "$DEV" -s "$(lba 3)" -r
+	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 3) + 3))
+	say nvme zns open-zone "$DEV" -s "$(lba 4)" -r
+	say nvme zns open-zone "$DEV" -s "$(lba 5)" -r
+	say nvme zns report-zones "$DEV" -d 6
+	say nvme zns close-zone "$DEV" -s "$(lba 4)"
+	state 4
+	say nvme zns open-zone "$DEV" -s "$(lba 5)" -r
+	state 5
+	say nvme zns finish-zone "$DEV" -s "$(lba 2)"
+	state 2
+	say nvme zns reset-zone "$DEV" -s "$(lba 2)"
+	state 2
+	does nvme zns reset-zone "$DEV" -a
+	does write 6 0 1
+	does nvme zns close-zone "$DEV" -s "$(lba 6)"
+	say nvme zns open-zone "$DEV" -s "$(lba 6)" -r
+	state 6
+	does nvme zns reset-zone "$DEV" -a
+}
+
 commands() {
+	local z part
 	echo "## other commands"
 	does write 0 0 256
 	does nvme write "$PLAIN" -s 0 -c 7 -z $((8 * BLOCK)) -d /tmp/1M
@@ -204,7 +275,13 @@ commands() {
 	say nvme dsm "$PLAIN" -d -s 0xffffffff -b 8
 	say nvme write-uncor "$PLAIN" -s 0 -c 0
 	say nvme copy "$DEV" --sdlba="$(lba 1)" --slbs=0,8 --blocks=3,3
-	say nvme compare "$DEV" -s "$(lba 1)" -c 3 -z 16384 -d /tmp/1M
+	for z in 0 4; do
+		say nvme read "$DEV" -s $(($(lba 1) + z)) -c 3 -z 16384 -d /tmp/copied
+		for part in 0 4 8 12; do
+			cmp -s <(head -c 16384 /tmp/copied) <(tail -c +$((part * 4096 + 1)) /tmp/1M | head -c 16384) && echo "block $part and after"
+		done
+		echo "zeros: $(head -c 16384 /tmp/copied | tr -dc '\000' | wc -c | sed 's/^[1-9].\{0,2\}$/few/')"
+	done
 	say nvme copy "$DEV" --sdlba="$(lba 1)" --slbs=0 --blocks=3
 	state 1
 	say nvme io-passthru "$DEV" --opcode=0x7f --namespace-id=1
@@ -264,6 +341,8 @@ programs() {
 }
 
 head -c 1M /dev/urandom >/tmp/1M
+# The extension is shown, so it is the same in every run.
+printf 'zone descriptor extension%39s' >/tmp/64
 for name in zbdkit qemu; do
 	model=$name
 	[ $name = zbdkit ] || model="QEMU NVMe Ctrl"
@@ -275,6 +354,8 @@ for name in zbdkit qemu; do
 		conditions
 		reports
 		mistakes
+		extensions
+		random_write_areas
 		commands
 		logs
 		programs

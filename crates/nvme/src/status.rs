@@ -154,7 +154,7 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
         ZoneError::NotAtWritePointer { .. } => Status::ZONE_INVALID_WRITE,
         ZoneError::OutsideRandomWriteArea { .. } => match kind {
             // The end of a commit.
-            Kind::Manage => Status::ZONE_BOUNDARY_ERROR,
+            Kind::Commit | Kind::Manage => Status::ZONE_BOUNDARY_ERROR,
             Kind::Read | Kind::Write => Status::ZONE_INVALID_WRITE,
         },
         ZoneError::Full { .. } => condition(Status::ZONE_IS_FULL),

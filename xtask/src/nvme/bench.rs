@@ -12,6 +12,7 @@ const ZONES: Zones = Zones {
     capacity: 16,
     max_open: 14,
     max_active: 14,
+    extras: false,
 };
 
 pub(super) fn play(stage: &Stage<'_>) -> Result<()> {

@@ -134,12 +134,14 @@ struct Zones {
     capacity: u32,
     max_open: u32,
     max_active: u32,
+    /// Whether they have descriptor extensions of 64 bytes and two random write areas, of 64 KiB, committed by 16 KiB.
+    extras: bool,
 }
 
 impl Zones {
     /// Makes an image with them.
     fn create(&self, zbdkit: &Zbdkit, image: &Path) -> Result<()> {
-        let arguments = format!(
+        let mut arguments = format!(
             "--size {}M --zone-size {}M --zone-capacity {}M --max-open {} --max-active {}",
             self.count * self.size,
             self.size,
@@ -147,6 +149,9 @@ impl Zones {
             self.max_open,
             self.max_active
         );
+        if self.extras {
+            arguments += " --extension-size 64 --max-zrwa 2 --zrwa-size 64K --zrwa-granularity 16K";
+        }
         let arguments: Vec<&str> = arguments.split(' ').collect();
         zbdkit.create_with(image, &arguments)
     }

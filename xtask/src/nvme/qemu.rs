@@ -12,8 +12,13 @@ pub(super) fn arguments(file: &Path, zones: &Zones) -> Result<Vec<String>> {
         std::fs::File::create_new(file)?.set_len(u64::from(zones.count * zones.size) << 20)?;
     }
     let path = file.display().to_string().replace(',', ",,");
+    let extras = if zones.extras {
+        ",zoned.descr_ext_size=64,zoned.numzrwa=2,zoned.zrwas=64K,zoned.zrwafg=16K"
+    } else {
+        ""
+    };
     Ok([
-        // As many queues as the guest has processors are enough; what one command moves is limited as here.
+        // What one command moves is limited as in zbdkit.
         "-device".to_owned(),
         "nvme,id=qemu,serial=qemu,mdts=8".to_owned(),
         "-drive".to_owned(),
@@ -21,7 +26,7 @@ pub(super) fn arguments(file: &Path, zones: &Zones) -> Result<Vec<String>> {
         "-device".to_owned(),
         format!(
             "nvme-ns,bus=qemu,drive=qemu-zones,nsid=1,zoned=on,zoned.zone_size={}M,zoned.zone_capacity={}M,\
-             zoned.max_open={},zoned.max_active={},logical_block_size=4096,physical_block_size=4096",
+             zoned.max_open={},zoned.max_active={},logical_block_size=4096,physical_block_size=4096{extras}",
             zones.size, zones.capacity, zones.max_open, zones.max_active
         ),
     ]

@@ -13,6 +13,7 @@ const ZONES: Zones = Zones {
     capacity: 3,
     max_open: 6,
     max_active: 8,
+    extras: true,
 };
 
 /// What only an operator can do to a zone.
