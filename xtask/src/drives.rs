@@ -255,6 +255,14 @@ fn executable_of_test(messages: &str, name: &str) -> Option<PathBuf> {
 }
 
 impl DriveJob {
+    /// Whether it is one of those whose names contain the filter. What only shows something must be named in full.
+    pub fn is_wanted(&self, filter: Option<&str>) -> bool {
+        match self.shows {
+            true => filter == Some(self.name),
+            false => filter.is_none_or(|filter| self.name.contains(filter)),
+        }
+    }
+
     /// Runs it in a guest.
     pub fn run(&self, rig: &Rig, programs: &Programs, verbose: bool) -> Result<()> {
         let directory = tempfile::tempdir().context("no temporary directory")?;
@@ -307,6 +315,17 @@ impl Nvme {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn benchmarks_run_only_by_their_names() {
+        let wanted = |filter| -> Vec<&str> {
+            let jobs = DRIVE_JOBS.iter().filter(|job| job.is_wanted(filter));
+            jobs.map(|job| job.name).collect()
+        };
+        assert_eq!(wanted(Some("host-nvme")), ["host-nvme"]);
+        assert_eq!(wanted(Some("host-nvme-bench")), ["host-nvme-bench"]);
+        assert!(wanted(None).contains(&"host-nvme") && !wanted(None).contains(&"host-nvme-bench"));
+    }
 
     #[test]
     fn the_program_of_a_test_is_told_from_those_built_beside_it() {

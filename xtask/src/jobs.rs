@@ -302,8 +302,9 @@ impl Test {
         }
         let drives: Vec<&DriveJob> = DRIVE_JOBS
             .iter()
-            .filter(|job| !self.fast && self.device == Device::Zbdkit && wanted(job.name))
-            .filter(|job| !job.shows || self.filter.is_some())
+            .filter(|job| {
+                !self.fast && self.device == Device::Zbdkit && job.is_wanted(self.filter.as_deref())
+            })
             .collect();
         if !drives.is_empty() {
             heading("Drives of the guest's own kernel");
