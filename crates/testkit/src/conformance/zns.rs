@@ -227,10 +227,15 @@ pub async fn extensions(s: &Subject<'_>) -> Outcome {
         "an extension that is too long"
     );
     ok(s.write(s.start(zone), s.block(), 5).await, "a write")?;
-    ok(s.op(zone, ZoneOp::Finish).await, "a finish")?;
     ensure!(
-        found(zone).await? == Some(expected),
-        "a write or a finish took the extension away"
+        found(zone).await?.as_ref() == Some(&expected),
+        "a write took the extension away"
+    );
+    ok(s.op(zone, ZoneOp::Finish).await, "a finish")?;
+    // QEMU's drive forgets it there.
+    ensure!(
+        found(zone).await? == Some(expected) || !s.is_engine(),
+        "a finish took the extension away"
     );
     ok(s.op(zone, ZoneOp::Reset).await, "a reset")?;
     ensure!(found(zone).await?.is_none(), "a reset left the extension");
