@@ -46,10 +46,15 @@ fn raw(rig: &Rig) -> Device {
 }
 
 fn qcow2(rig: &Rig, name: &str) -> Device {
-    let options = Qcow2CreateOptions {
+    qcow2_with(rig, name, 65536)
+}
+
+fn qcow2_with(rig: &Rig, name: &str, cluster_size: u64) -> Device {
+    let mut options = Qcow2CreateOptions {
         zones: Some(zones(rig.path(name))),
         ..Qcow2CreateOptions::new(rig.path(name), 8 * ZONE)
     };
+    options.layout.cluster_size = cluster_size;
     rig.block_on(create_qcow2(&host(), &options)).unwrap();
     rig.open(name)
 }
@@ -338,6 +343,32 @@ fn snapshots_keep_areas_and_extensions() {
     let device = rig.open("disk.qcow2");
     verify(&rig, &device);
     finish(&rig, &device);
+    rig.close(device);
+}
+
+/// Blocks of an area that lie behind a write in clusters that must be copied before they are written.
+#[test]
+fn what_an_area_holds_behind_a_write_outlives_it_in_clusters_of_a_snapshot_or_a_base() {
+    let rig = Rig::new();
+    let device = qcow2_with(&rig, "disk.qcow2", BLOCK);
+    exercise(&rig, &device);
+    rig.block_on(device.snapshot_create("then")).unwrap();
+    let below = |device: &Device| {
+        rig.write(device, Z1 + 5 * BLOCK, &pattern(7, BLOCK as usize));
+        for (n, seed) in [(5, 7), (9, 2), (16, 1)] {
+            let read = rig.read(device, Z1 + n * BLOCK, BLOCK as usize);
+            assert!(read == pattern(seed, BLOCK as usize), "block {n}");
+        }
+    };
+    below(&device);
+    rig.close(device);
+    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
+    options.size = None;
+    options.layout.cluster_size = BLOCK;
+    options.layout.backing = Some(("disk.qcow2".into(), Some("qcow2".into())));
+    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    let device = rig.open("over.qcow2");
+    below(&device);
     rig.close(device);
 }
 
