@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use zbdkit_block::{
-    CreateOptions, Device, Error, Graph, Host, OpenOptions, OsHost, Qcow2CreateOptions, Qcow2Layout, check,
-    create, create_qcow2,
+    CreateOptions, Device, Error, Graph, Host, OpenOptions, OsHost, Qcow2CreateOptions, Qcow2Layout,
+    ZnsOptions, check, create, create_qcow2,
 };
 use zbdkit_io::{Backend, IoBuf, Runtime, RuntimeOptions, spawn, yield_now};
 use zbdkit_qcow2::Repair;
@@ -35,6 +35,12 @@ fn image(path: &Path) -> CreateOptions {
         max_open: Some(3),
         max_active: 5,
         max_append: Some(64 << 10),
+        zns: ZnsOptions {
+            zrwa_size: Some(64 << 10),
+            zrwa_granularity: Some(8192),
+            max_zrwa: Some(2),
+            extension_size: 192,
+        },
         ..CreateOptions::new(path, 12 << 20)
     }
 }
@@ -59,7 +65,8 @@ fn memory_conforms() {
         runtime.block_on(async {
             let graph = Graph::parse(
                 "driver=zoned,file.driver=memory,file.size=12M,zone.size=1M,zone.capacity=768k,\
-                 zone.conventional_zones=2,zone.max_open_zones=3,zone.max_active_zones=5,zone.max_append_bytes=64k",
+                 zone.conventional_zones=2,zone.max_open_zones=3,zone.max_active_zones=5,zone.max_append_bytes=64k,\
+                 zone.zrwa_size=64k,zone.max_zrwa=2,zone.descr_ext_size=16320",
             );
             let host: Arc<dyn Host> = Arc::new(OsHost);
             let device = graph.unwrap().open(&host, &OpenOptions::default()).await.unwrap();

@@ -6,6 +6,7 @@
 mod data;
 mod preferred;
 mod rules;
+mod zns;
 
 use std::cell::RefCell;
 use std::fmt;
@@ -112,6 +113,8 @@ async fn run_as<'a>(device: &'a Device, keeper: Keeper, observer: Observer<'a>) 
     s.suite("conventional zones", data::conventional(s)).await?;
     s.suite("transitions", rules::transitions(s)).await?;
     s.suite("resources", rules::resources(s)).await?;
+    s.suite("random write areas", zns::areas(s)).await?;
+    s.suite("descriptor extensions", zns::extensions(s)).await?;
     s.suite("reports", rules::reports(s)).await?;
     s.suite("errors", rules::errors(s)).await?;
     if keeper == Keeper::Engine {
