@@ -181,7 +181,7 @@ impl HostDeviceNode {
             (ZoneOp::Close(_), Condition::Empty | Condition::Closed | Condition::Full)
             | (ZoneOp::Finish, Condition::Full)
             | (ZoneOp::Reset, Condition::Empty) => Ok(()),
-            (ZoneOp::Open, condition @ Condition::Full) => {
+            (ZoneOp::Open | ZoneOp::OpenZrwa, condition @ Condition::Full) => {
                 Err(ZoneError::InvalidTransition { zone, condition }.into())
             }
             _ => Err(failure),
