@@ -272,6 +272,14 @@ impl Tally {
     }
 }
 
+/// Whether a job is to run. One that is only shown, and takes its time for that, must be asked for by its whole name.
+fn is_wanted(name: &str, shows: bool, filter: Option<&str>) -> bool {
+    match shows {
+        true => filter == Some(name),
+        false => filter.is_none_or(|filter| name.contains(filter)),
+    }
+}
+
 impl Test {
     /// Runs the checks.
     pub fn run(self) -> Result<()> {
@@ -301,9 +309,8 @@ impl Test {
             .iter()
             .filter(|job| !self.fast && wanted(job.name) && self.can_run(job))
             .collect();
-        // What is only shown must be asked for.
         let on_zbdkit = |name: &str, shows: bool| {
-            !self.fast && self.device == Device::Zbdkit && wanted(name) && (!shows || self.filter.is_some())
+            !self.fast && self.device == Device::Zbdkit && is_wanted(name, shows, self.filter.as_deref())
         };
         let nvme: Vec<&NvmeJob> = NVME_JOBS
             .iter()
@@ -562,6 +569,20 @@ fn cargo(arguments: &[&str]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn benchmarks_run_only_by_their_whole_names() {
+        let wanted = |filter| -> Vec<&str> {
+            let drives = DRIVE_JOBS.iter().map(|job| (job.name, job.shows));
+            let nvme = NVME_JOBS.iter().map(|job| (job.name, job.shows));
+            let jobs = drives.chain(nvme).filter(|job| is_wanted(job.0, job.1, filter));
+            jobs.map(|job| job.0).collect()
+        };
+        assert_eq!(wanted(Some("host-nvme")), ["host-nvme"]);
+        assert_eq!(wanted(Some("host-nvme-bench")), ["host-nvme-bench"]);
+        assert_eq!(wanted(Some("nvme-bench")), ["nvme-bench"]);
+        assert!(wanted(None).contains(&"host-nvme") && !wanted(None).contains(&"host-nvme-bench"));
+    }
 
     #[test]
     fn job_names_are_unique_and_every_geometry_is_whole() {

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use support::{Rig, host, pattern};
 use zbdkit_block::tool::{self, CompareOptions, CopiedZones, CopyOptions, compare, copy};
 use zbdkit_block::{
-    CreateOptions, Device, Error, Graph, OpenOptions, Qcow2CreateOptions, Repair, ZnsOptions, ZoneOp, check,
-    create, create_qcow2, default_sidecar,
+    CreateOptions, Device, Error, Graph, OpenOptions, Preallocation, Qcow2CreateOptions, Repair, ZnsOptions,
+    ZoneOp, check, create, create_qcow2, default_sidecar,
 };
 use zbdkit_zone::{CloseEmpty, Condition, Recommendation, ZoneError, ZoneInfo, ZoneNo};
 
@@ -46,10 +46,15 @@ fn raw(rig: &Rig) -> Device {
 }
 
 fn qcow2(rig: &Rig, name: &str) -> Device {
-    let options = Qcow2CreateOptions {
+    qcow2_with(rig, name, 65536)
+}
+
+fn qcow2_with(rig: &Rig, name: &str, cluster_size: u64) -> Device {
+    let mut options = Qcow2CreateOptions {
         zones: Some(zones(rig.path(name))),
         ..Qcow2CreateOptions::new(rig.path(name), 8 * ZONE)
     };
+    options.layout.cluster_size = cluster_size;
     rig.block_on(create_qcow2(&host(), &options)).unwrap();
     rig.open(name)
 }
@@ -341,6 +346,32 @@ fn snapshots_keep_areas_and_extensions() {
     rig.close(device);
 }
 
+/// Blocks of an area that lie behind a write in clusters that must be copied before they are written.
+#[test]
+fn what_an_area_holds_behind_a_write_outlives_it_in_clusters_of_a_snapshot_or_a_base() {
+    let rig = Rig::new();
+    let device = qcow2_with(&rig, "disk.qcow2", BLOCK);
+    exercise(&rig, &device);
+    rig.block_on(device.snapshot_create("then")).unwrap();
+    let below = |device: &Device| {
+        rig.write(device, Z1 + 5 * BLOCK, &pattern(7, BLOCK as usize));
+        for (n, seed) in [(5, 7), (9, 2), (16, 1)] {
+            let read = rig.read(device, Z1 + n * BLOCK, BLOCK as usize);
+            assert!(read == pattern(seed, BLOCK as usize), "block {n}");
+        }
+    };
+    below(&device);
+    rig.close(device);
+    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
+    options.size = None;
+    options.layout.cluster_size = BLOCK;
+    options.layout.backing = Some(("disk.qcow2".into(), Some("qcow2".into())));
+    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    let device = rig.open("over.qcow2");
+    below(&device);
+    rig.close(device);
+}
+
 #[test]
 fn an_overlay_begins_with_the_areas_and_extensions_of_its_backing_image() {
     let rig = Rig::new();
@@ -354,6 +385,70 @@ fn an_overlay_begins_with_the_areas_and_extensions_of_its_backing_image() {
     let device = rig.open("over.qcow2");
     verify(&rig, &device);
     finish(&rig, &device);
+    rig.close(device);
+}
+
+#[test]
+fn a_resized_image_keeps_areas_and_extensions() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "disk.qcow2");
+    exercise(&rig, &device);
+    rig.block_on(device.resize(10 * ZONE, false, Preallocation::Off))
+        .unwrap();
+    rig.close(device);
+    let device = rig.open("disk.qcow2");
+    verify(&rig, &device);
+    attach(&rig, &device, 9 * ZONE, b"in a new zone").unwrap();
+    rig.close(device);
+    let device = rig.open("disk.qcow2");
+    assert_eq!(extension(&rig, &device, 9 * ZONE), Some(whole(b"in a new zone")));
+    let shrunk = rig.block_on(device.resize(8 * ZONE, true, Preallocation::Off));
+    assert!(shrunk.unwrap_err().to_string().contains("not empty"));
+    finish(&rig, &device);
+    rig.close(device);
+}
+
+#[test]
+fn a_stranger_loses_extensions_and_nothing_else_and_the_next_opening_says_so() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "disk.qcow2");
+    attach(&rig, &device, Z2, b"lost soon").unwrap();
+    rig.write(&device, Z1, &pattern(1, BLOCK as usize));
+    rig.close(device);
+    // What a program does that does not know the autoclear bit 40.
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(rig.path("disk.qcow2"))
+        .unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 90).unwrap();
+    assert_eq!(byte, [1]);
+    file.write_all_at(&[0], 90).unwrap();
+    let device = rig.open("disk.qcow2");
+    let told = device.notices().join(" ");
+    assert!(told.contains("descriptor extensions"), "{told}");
+    assert_eq!(extension(&rig, &device, Z2), None);
+    assert_eq!(zone(&rig, &device, Z2).condition, Condition::Empty);
+    assert_eq!(zone(&rig, &device, Z1).wp, Z1 + BLOCK);
+    // The device has what it had.
+    rig.op(&device, ZoneOp::OpenZrwa, 3 * ZONE).unwrap();
+    attach(&rig, &device, Z2, b"again").unwrap();
+    rig.close(device);
+}
+
+#[test]
+fn an_image_with_an_area_is_marked_for_programs_that_know_none() {
+    let rig = Rig::new();
+    let marked = || {
+        let bytes = fs::read(rig.path("disk.qcow2")).unwrap();
+        bytes[74] & 1 == 1
+    };
+    let device = qcow2(&rig, "disk.qcow2");
+    attach(&rig, &device, Z2, b"an extension alone").unwrap();
+    assert!(!marked());
+    rig.op(&device, ZoneOp::OpenZrwa, Z1).unwrap();
+    assert!(marked());
     rig.close(device);
 }
 

@@ -79,6 +79,37 @@ impl Writable {
         }
         Ok(offset)
     }
+
+    /// That a commit can move the pointer to `to` in a zone with a random write area: in it or to its end, by whole granules of
+    /// the zone, which begins at `start`, or to the end of its writable bytes.
+    ///
+    /// # Errors
+    /// The first rule that it breaks: offline, read-only, full, outside of the area, not whole granules.
+    pub fn commits(&self, start: u64, to: u64, area: Zrwa) -> Result<(), ZoneError> {
+        let Writable { zone, wp, end, .. } = *self;
+        writable(zone, self.condition)?;
+        if self.condition == Condition::Full {
+            return Err(ZoneError::Full { zone });
+        }
+        let area_end = wp.saturating_add(area.size).min(end);
+        if to <= wp || to > area_end {
+            return Err(ZoneError::OutsideRandomWriteArea {
+                zone,
+                offset: to,
+                len: 0,
+                start: wp,
+                end: area_end,
+            });
+        }
+        if !(to - start).is_multiple_of(area.granularity) && to != end {
+            return Err(ZoneError::Unaligned {
+                offset: to,
+                len: 0,
+                granularity: u32::try_from(area.granularity).unwrap_or(u32::MAX),
+            });
+        }
+        Ok(())
+    }
 }
 
 /// What a device says of zone appends.

@@ -148,27 +148,14 @@ impl Engine {
             return Err(ZoneError::NotRandomWritable { zone }.into());
         };
         let start = self.geometry.start(zone);
-        let capacity = self.geometry.capacity(zone);
-        let area_end = (z.next + area.size).min(capacity);
+        let place = Writable {
+            zone,
+            condition,
+            wp: start + z.next,
+            end: start + self.geometry.capacity(zone),
+        };
+        place.commits(start, end, area)?;
         let to = end - start;
-        if to <= z.next || to > area_end {
-            return Err(ZoneError::OutsideRandomWriteArea {
-                zone,
-                offset: end,
-                len: 0,
-                start: start + z.next,
-                end: start + area_end,
-            }
-            .into());
-        }
-        if !to.is_multiple_of(area.granularity) && to != capacity {
-            return Err(ZoneError::Unaligned {
-                offset: end,
-                len: 0,
-                granularity: u32::try_from(area.granularity).unwrap_or(u32::MAX),
-            }
-            .into());
-        }
         self.open_for_write(zone, condition)?;
         z.next = to;
         z.refs += 1;

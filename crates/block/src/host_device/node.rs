@@ -4,7 +4,7 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use zbdkit_io::{File, IoBuf};
-use zbdkit_zone::rules::{Appends, blocks};
+use zbdkit_zone::rules::{Appends, Writable, blocks};
 use zbdkit_zone::{Condition, Filter, Geometry, GeometrySpec, Zns, ZoneError, ZoneInfo, ZoneNo, ZoneType};
 
 use super::drive::Drive;
@@ -181,7 +181,7 @@ impl HostDeviceNode {
             (ZoneOp::Close(_), Condition::Empty | Condition::Closed | Condition::Full)
             | (ZoneOp::Finish, Condition::Full)
             | (ZoneOp::Reset, Condition::Empty) => Ok(()),
-            (ZoneOp::Open, condition @ Condition::Full) => {
+            (ZoneOp::Open | ZoneOp::OpenZrwa, condition @ Condition::Full) => {
                 Err(ZoneError::InvalidTransition { zone, condition }.into())
             }
             _ => Err(failure),
@@ -201,54 +201,48 @@ impl HostDeviceNode {
             })?;
         blocks(end, u64::from(self.limits.block_size), self.limits.block_size)?;
         let zone = self.geometry.zone_of(last);
-        if self.lines.kind(zone) != ZoneType::SequentialRequired {
-            return Err(ZoneError::NotSequentialRequired { zone }.into());
-        }
+        self.is_sequential(zone)?;
         let turn = self.lines.turn(zone).await;
         let result = self.drive.commit_zrwa(end).await;
         // It may be full now, and have lost its area.
         turn.forget();
-        match result {
-            Err(Error::Io { op, errno }) => match self.misses_area(zone, end).await {
-                Some(rule) => Err(rule.into()),
-                None => Err(self.reason(op, errno, zone, true).await),
-            },
-            result => result,
+        let Err(failure) = result else { return Ok(()) };
+        match (self.misses_area(zone, end).await, failure) {
+            (Some(rule), _) => Err(rule.into()),
+            (None, Error::Io { op, errno }) => Err(self.reason(op, errno, zone, true).await),
+            (None, failure) => Err(failure),
         }
     }
 
-    /// The rule that a commit breaks, where a drive only says that something is wrong.
+    /// The rule that a failed commit breaks: drives have several statuses for that, none of which says which it is.
     async fn misses_area(&self, zone: ZoneNo, end: u64) -> Option<ZoneError> {
         let info = self.lines.report(zone).await.ok()?;
-        if matches!(info.condition, Condition::ReadOnly | Condition::Offline) {
-            return None;
-        }
-        let Some(area) = self.geometry.zrwa().filter(|_| info.attributes.zrwa) else {
-            return Some(ZoneError::NotRandomWritable { zone });
+        let place = Writable {
+            zone,
+            condition: info.condition,
+            wp: info.wp,
+            end: info.start + info.capacity,
         };
-        let capacity = info.start + info.capacity;
-        let area_end = info.wp.saturating_add(area.size).min(capacity);
-        if end <= info.wp || end > area_end {
-            return Some(ZoneError::OutsideRandomWriteArea {
-                zone,
-                offset: end,
-                len: 0,
-                start: info.wp,
-                end: area_end,
-            });
+        match self.geometry.zrwa().filter(|_| info.attributes.zrwa) {
+            Some(area) => place.commits(info.start, end, area).err(),
+            None => match info.condition {
+                Condition::ReadOnly | Condition::Offline => None,
+                _ => Some(ZoneError::NotRandomWritable { zone }),
+            },
         }
-        ((end - info.start) % area.granularity != 0 && end != capacity).then_some(ZoneError::Unaligned {
-            offset: end,
-            len: 0,
-            granularity: u32::try_from(area.granularity).unwrap_or(u32::MAX),
-        })
+    }
+
+    fn is_sequential(&self, zone: ZoneNo) -> Result<(), ZoneError> {
+        match self.lines.kind(zone) {
+            ZoneType::SequentialRequired => Ok(()),
+            ZoneType::SequentialPreferred => Err(ZoneError::NotSequentialRequired { zone }),
+            ZoneType::Conventional => Err(ZoneError::Conventional { zone }),
+        }
     }
 
     async fn attach_extension(&self, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
         let zone = self.geometry.zone_at(zone_start)?;
-        if self.lines.kind(zone) != ZoneType::SequentialRequired {
-            return Err(ZoneError::NotSequentialRequired { zone }.into());
-        }
+        self.is_sequential(zone)?;
         let turn = self.lines.turn(zone).await;
         let result = self.drive.set_extension(zone_start, extension).await;
         turn.forget();
