@@ -382,7 +382,7 @@ fn check_zns(spec: &GeometrySpec) -> Result<(), GeometryError> {
         return Err(GeometryError::ZrwaSize { size, granularity });
     }
     // Blocks are counted by 16 bits in the data structures of NVMe.
-    let max = spec.zone_capacity.min(block * u64::from(u16::MAX));
+    let max = block * u64::from(u16::MAX);
     if size > max {
         return Err(GeometryError::ZrwaTooLarge { size, max });
     }
@@ -614,7 +614,7 @@ mod tests {
                 zrwa(65536, 12288, 4),
                 "not a multiple of the ZRWA granularity 12288",
             ),
-            (zrwa(49 << 20, 4096, 4), "at most 50331648"),
+            (zrwa(256 << 20, 4096, 4), "at most 268431360"),
             (
                 GeometrySpec {
                     block_size: 512,
