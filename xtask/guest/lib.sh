@@ -96,3 +96,28 @@ told() {
 	said=$("$@" 2>&1) && fail "this should have failed: $*"
 	case "$said" in *"$words"*) echo "ok: $*: $said" ;; *) fail "$* said: $said" ;; esac
 }
+
+# find_nvme COUNT [MODEL]: waits until the controller of that model, zbdkit's unless another is named, has that many namespaces.
+# NVME is the controller then, DEV its zoned namespace, PLAIN the one without zones.
+find_nvme() {
+	local model=${2:-zbdkit} i controller device
+	modprobe nvme || fail "no nvme driver"
+	# Namespaces are found in no particular order, some time after the controller.
+	for ((i = 0; i < 200; i++)); do
+		for controller in /sys/class/nvme/nvme*; do
+			case "$(cat "$controller/model" 2>/dev/null)" in "$model"*) NVME=/dev/${controller##*/} ;; esac
+		done
+		[ -n "$NVME" ] && [ "$(ls -d "$NVME"n? 2>/dev/null | wc -l)" = "$1" ] && break
+		sleep 0.1
+	done
+	udevadm settle
+	[ -n "$NVME" ] || fail "no NVMe controller of the model $model"
+	expect "namespaces of $NVME" "$1" "$(ls -d "$NVME"n? 2>/dev/null | wc -l)"
+	DEV='' PLAIN=''
+	for device in "$NVME"n?; do
+		case "$(lsblk -dnr -z -o ZONED "$device")" in
+		host-managed) DEV=$device ;;
+		none) PLAIN=$device ;;
+		esac
+	done
+}

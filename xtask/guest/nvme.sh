@@ -1,17 +1,5 @@
 # An NVMe controller with a zoned namespace and one without: found, described, written and verified.
-modprobe nvme || fail "no nvme driver"
-# Namespaces are found in no particular order, some time after the controller.
-for ((i = 0; i < 100; i++)); do
-	[ "$(ls -d /dev/nvme0n? 2>/dev/null | wc -l)" = 2 ] && break
-	sleep 0.1
-done
-udevadm settle
-for device in /dev/nvme0n1 /dev/nvme0n2; do
-	case "$(lsblk -dnr -z -o ZONED $device)" in
-	host-managed) DEV=$device ;;
-	none) PLAIN=$device ;;
-	esac
-done
+find_nvme 2
 [ -n "$DEV" ] && [ -n "$PLAIN" ] || fail "not one zoned and one plain namespace"
 
 run nvme list

@@ -117,15 +117,17 @@ impl Geometry {
             guest.script = format!("make_null_blk\n{}", guest.script);
             guest.memory += self.size;
         }
+        let device = if device == Device::NullBlk {
+            "/dev/nullb0"
+        } else {
+            "/dev/vda"
+        };
+        self.describe(guest.variable("DEV", device))
+    }
+
+    /// Adds the variables about the geometry.
+    pub fn describe<'rig>(&self, guest: Guest<'rig>) -> Guest<'rig> {
         guest
-            .variable(
-                "DEV",
-                if device == Device::NullBlk {
-                    "/dev/nullb0"
-                } else {
-                    "/dev/vda"
-                },
-            )
             .variable("SIZE_MB", self.size)
             .variable("ZONE_MB", self.zone_size)
             .variable("CONVENTIONAL", self.conventional)
@@ -181,6 +183,22 @@ impl Zbdkit {
         create.arg("create").arg(image).args(geometry.create_arguments());
         let said = proc::capture(&mut create, "zbdkit create", COMMAND_LIMIT)?;
         Ok(String::from_utf8_lossy(&said).into_owned())
+    }
+
+    /// Makes a new image with these arguments, in place of an old one.
+    pub fn create_with(&self, image: &Path, arguments: &[&str]) -> Result<()> {
+        remove_image(image)?;
+        let mut create = self.command();
+        create.arg("create").arg(image).args(arguments);
+        proc::capture(&mut create, "zbdkit create", COMMAND_LIMIT).map(drop)
+    }
+
+    /// Sets a zone's condition, as the operator of a drive that nobody uses.
+    pub fn set_zone(&self, image: &Path, zone: u32, state: &str) -> Result<()> {
+        let mut set = self.command();
+        set.arg("set-zone").arg(image).arg(state);
+        set.args(["--zone", &zone.to_string()]);
+        proc::capture(&mut set, "zbdkit set-zone", COMMAND_LIMIT).map(drop)
     }
 
     /// Makes a new image without zones, of `size` MiB, in place of an old one.

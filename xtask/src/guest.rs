@@ -32,6 +32,15 @@ pub struct VhostUserDrive {
     pub queues: u32,
 }
 
+/// What a guest boots from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Boot {
+    /// QEMU loads the rig's kernel; the root is the rig's image.
+    Kernel,
+    /// The firmware looks for a boot loader on the disks among `qemu_args`.
+    Disk,
+}
+
 /// A guest to be started.
 #[derive(Debug, Clone)]
 pub struct Guest<'rig> {
@@ -44,6 +53,10 @@ pub struct Guest<'rig> {
     pub vcpus: u32,
     /// Its drives: the first is `/dev/vda`.
     pub drives: Vec<VhostUserDrive>,
+    /// What it boots from.
+    pub boot: Boot,
+    /// Whether a reset boots it again; else QEMU ends.
+    pub reboots: bool,
     /// More arguments for QEMU.
     pub qemu_args: Vec<String>,
     /// What it runs, with bash, as root. `lib.sh` stands before it.
@@ -118,6 +131,8 @@ impl<'rig> Guest<'rig> {
             memory: 1024,
             vcpus: std::thread::available_parallelism().map_or(1, |count| count.get().min(4)) as u32,
             drives: Vec::new(),
+            boot: Boot::Kernel,
+            reboots: false,
             qemu_args: Vec::new(),
             script: script.to_owned(),
             variables: Vec::new(),
@@ -238,7 +253,10 @@ impl<'rig> Guest<'rig> {
     fn command(&self, share: &Path, mode: &str) -> Command {
         let rig = self.rig;
         let mut command = rig.qemu.system();
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+        if !self.reboots {
+            command.arg("-no-reboot");
+        }
         command.args(rig.accel.arguments());
         command.args([
             "-machine",
@@ -251,9 +269,11 @@ impl<'rig> Guest<'rig> {
         command
             .args(["-m", &format!("{memory}M"), "-object"])
             .arg(format!("memory-backend-memfd,id=mem,size={memory}M,share=on"));
-        command.arg("-kernel").arg(&rig.kernel.image).arg("-initrd").arg(&rig.initrd).arg("-append").arg(format!(
-            "console=ttyS0 loglevel=4 panic=-1 mitigations=off nokaslr tsc=reliable nvme_core.multipath=N zbdkit.mode={mode}"
-        ));
+        if self.boot == Boot::Kernel {
+            command.arg("-kernel").arg(&rig.kernel.image);
+            command.arg("-initrd").arg(&rig.initrd);
+            command.args(["-append", &kernel_arguments(mode)]);
+        }
         for (number, drive) in self.drives.iter().enumerate() {
             command.args([
                 "-chardev",
@@ -266,15 +286,17 @@ impl<'rig> Guest<'rig> {
                 number + 4
             ));
         }
-        // The root comes after the drives on the bus, so that the first drive is /dev/vda.
-        command.arg("-drive").arg(format!(
-            "if=none,id=root,readonly=on,format=raw,file={}",
-            escape(&rig.root_image)
-        ));
-        command.args([
-            "-device",
-            "virtio-blk-pci,drive=root,serial=zbdkit-root,addr=0x1c",
-        ]);
+        if self.boot == Boot::Kernel {
+            // The root comes after the drives on the bus, so that the first drive is /dev/vda.
+            command.arg("-drive").arg(format!(
+                "if=none,id=root,readonly=on,format=raw,file={}",
+                escape(&rig.root_image)
+            ));
+            command.args([
+                "-device",
+                "virtio-blk-pci,drive=root,serial=zbdkit-root,addr=0x1c",
+            ]);
+        }
         command.arg("-fsdev").arg(format!(
             "local,id=share,security_model=none,path={}",
             escape(share)
@@ -288,6 +310,13 @@ impl<'rig> Guest<'rig> {
         command.args(&self.qemu_args);
         command
     }
+}
+
+/// The kernel's command line; `mode` is for the initial root's script.
+pub fn kernel_arguments(mode: &str) -> String {
+    format!(
+        "console=ttyS0 loglevel=4 panic=-1 mitigations=off nokaslr tsc=reliable nvme_core.multipath=N zbdkit.mode={mode}"
+    )
 }
 
 /// What a script printed so far.

@@ -14,6 +14,7 @@ use crate::demo::{self, log_of, socket_directory};
 use crate::drive::{Device, Format, Geometry, Zbdkit, remove_image};
 use crate::drives::{DRIVE_JOBS, DriveJob, Programs};
 use crate::guest::Guest;
+use crate::nvme::{NVME_JOBS, NvmeJob};
 use crate::proc::{self, Running};
 use crate::rig::Rig;
 use crate::ui::{heading, say};
@@ -282,6 +283,9 @@ impl Test {
                 let formats: Vec<_> = job.formats.iter().map(|format| format.name()).collect();
                 say(&format!("{:16} {} ({})", job.name, job.about, formats.join(", ")));
             }
+            for job in NVME_JOBS {
+                say(&format!("{:16} {}", job.name, job.about));
+            }
             for job in DRIVE_JOBS {
                 say(&format!("{:16} {}", job.name, job.about));
             }
@@ -297,13 +301,20 @@ impl Test {
             .iter()
             .filter(|job| !self.fast && wanted(job.name) && self.can_run(job))
             .collect();
-        if !jobs.is_empty() {
-            self.run_jobs(&jobs, &mut tally)?;
+        // What is only shown must be asked for.
+        let on_zbdkit = |name: &str, shows: bool| {
+            !self.fast && self.device == Device::Zbdkit && wanted(name) && (!shows || self.filter.is_some())
+        };
+        let nvme: Vec<&NvmeJob> = NVME_JOBS
+            .iter()
+            .filter(|job| on_zbdkit(job.name, job.shows))
+            .collect();
+        if !jobs.is_empty() || !nvme.is_empty() {
+            self.run_jobs(&jobs, &nvme, &mut tally)?;
         }
         let drives: Vec<&DriveJob> = DRIVE_JOBS
             .iter()
-            .filter(|job| !self.fast && self.device == Device::Zbdkit && wanted(job.name))
-            .filter(|job| !job.shows || self.filter.is_some())
+            .filter(|job| on_zbdkit(job.name, job.shows))
             .collect();
         if !drives.is_empty() {
             heading("Drives of the guest's own kernel");
@@ -322,7 +333,7 @@ impl Test {
         self.device == Device::Zbdkit || matches!(job.play, Play::Script(_))
     }
 
-    fn run_jobs(&self, jobs: &[&Job], tally: &mut Tally) -> Result<()> {
+    fn run_jobs(&self, jobs: &[&Job], nvme: &[&NvmeJob], tally: &mut Tally) -> Result<()> {
         heading("Guests");
         let zbdkit = if self.device == Device::Zbdkit {
             Some(Zbdkit::build()?)
@@ -335,6 +346,12 @@ impl Test {
                 heading(&format!("{name}: {}", job.about));
                 tally.run(&name, || self.run_job(&rig, zbdkit.as_ref(), job, format, &name));
             }
+        }
+        for job in nvme {
+            heading(&format!("{}: {}", job.name, job.about));
+            tally.run(job.name, || {
+                job.run(&rig, zbdkit.as_ref().context("it needs zbdkit")?, self.verbose)
+            });
         }
         Ok(())
     }

@@ -28,6 +28,13 @@ const GEOMETRY: Geometry = Geometry {
     block_size: 4096,
 };
 
+/// The same without what ZNS does not have.
+const WITHOUT_CONVENTIONAL: Geometry = Geometry {
+    size: 1024,
+    conventional: 0,
+    ..GEOMETRY
+};
+
 /// A whole suite takes at most this long.
 const LIMIT: Duration = Duration::from_secs(3600);
 /// Copying and compiling the suites' files.
@@ -42,6 +49,9 @@ pub struct Suite {
     /// Runs on this device only, instead of comparing zbdkit with null_blk
     #[arg(long, value_enum)]
     device: Option<Device>,
+    /// What the guest sees zbdkit's drive by
+    #[arg(long, value_enum, default_value = "vhost-user-blk")]
+    door: Door,
     /// Shows the suite's output as it comes
     #[arg(long, short)]
     verbose: bool,
@@ -56,6 +66,24 @@ enum Which {
     FioZbd,
     /// The tests of zonefs-tools: tests/zonefs-tests.sh
     Zonefs,
+}
+
+/// The doors to guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Door {
+    /// A virtio block device
+    VhostUserBlk,
+    /// A namespace of an NVMe controller, which has no conventional zones; neither has null_blk then
+    Nvme,
+}
+
+impl Door {
+    fn geometry(self) -> Geometry {
+        match self {
+            Door::VhostUserBlk => GEOMETRY,
+            Door::Nvme => WITHOUT_CONVENTIONAL,
+        }
+    }
 }
 
 /// What a suite says about one of its tests.
@@ -216,10 +244,10 @@ impl Suite {
         std::fs::create_dir_all(&share)?;
         copy(files, &share.join("suite"))?;
         guest.share = Some(share.clone());
-        let guest = GEOMETRY.give_to(guest, device);
+        let guest = self.door.geometry().give_to(guest, device);
         let result = match zbdkit.filter(|_| device == Device::Zbdkit) {
             None => guest.run()?,
-            Some(zbdkit) => on_zbdkit(rig, zbdkit, guest, &name)?,
+            Some(zbdkit) => on_zbdkit(rig, zbdkit, guest, self.door, &name)?,
         };
         let verdicts = self.suite.parse(&result.output);
         // The suites' status says whether a test failed, which is for us to judge; no verdict at all is an error.
@@ -235,12 +263,30 @@ impl Suite {
     }
 }
 
-fn on_zbdkit(rig: &Rig, zbdkit: &Zbdkit, mut guest: Guest, name: &str) -> Result<crate::guest::GuestResult> {
+fn on_zbdkit(
+    rig: &Rig,
+    zbdkit: &Zbdkit,
+    mut guest: Guest,
+    door: Door,
+    name: &str,
+) -> Result<crate::guest::GuestResult> {
     let sockets = socket_directory()?;
+    let (socket, log) = (sockets.path().join("z.sock"), log_of(rig, name)?);
     let image = rig.directory.join("images").join(format!("{name}.raw"));
-    zbdkit.create(&image, &GEOMETRY)?;
-    let daemon = zbdkit.serve(&image, &sockets.path().join("z.sock"), &log_of(rig, name)?)?;
-    guest.drives = vec![daemon.drive()];
+    zbdkit.create(&image, &door.geometry())?;
+    let daemon = match door {
+        Door::VhostUserBlk => {
+            let daemon = zbdkit.serve(&image, &socket, &log)?;
+            guest.drives = vec![daemon.drive()];
+            daemon
+        }
+        Door::Nvme => {
+            let daemon = zbdkit.serve_nvme(&[&image], &socket, &log)?;
+            guest.qemu_args.extend(daemon.nvme_arguments());
+            guest.script = format!("find_nvme 1\n{}", guest.script);
+            daemon
+        }
+    };
     let result = guest.run()?;
     daemon.stop()?;
     remove_image(&image)?;

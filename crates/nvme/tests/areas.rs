@@ -130,11 +130,11 @@ fn an_area_is_committed_by_the_last_block_that_it_names() {
         Status::INVALID_FIELD,
         "no granule"
     );
-    let invalid = Status::INVALID_ZONE_OPERATION;
-    assert_eq!(commit(&host, ZONE + GRANULE), invalid, "below the area");
+    let outside = Status::ZONE_BOUNDARY_ERROR;
+    assert_eq!(commit(&host, ZONE + GRANULE), outside, "below the area");
     assert_eq!(
         commit(&host, ZONE + 2 * GRANULE + AREA + GRANULE),
-        invalid,
+        outside,
         "above it"
     );
     assert_eq!(commit(&host, u64::MAX), Status::LBA_OUT_OF_RANGE);

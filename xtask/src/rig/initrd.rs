@@ -22,10 +22,13 @@ const MODULES: &[&str] = &[
     "overlay",
 ];
 
+/// What it takes besides to reach a root on an NVMe drive, where the command line asks for that.
+const NVME_MODULES: &[&str] = &["nvme"];
+
 /// Writes the initial root for `kernel` to `into`, not compressed: unpacking costs an emulated machine more than reading.
 pub fn write(into: &Path, busybox: &Path, kernel: &Kernel) -> Result<()> {
     let mut cpio = Cpio::default();
-    for directory in ["bin", "dev", "modules", "rig"] {
+    for directory in ["bin", "dev", "modules", "nvme", "rig"] {
         cpio.directory(directory);
     }
     cpio.character_device("dev/console", 5, 1);
@@ -34,9 +37,11 @@ pub fn write(into: &Path, busybox: &Path, kernel: &Kernel) -> Result<()> {
     cpio.file("bin/busybox", 0o755, &read(busybox)?);
     cpio.file("init", 0o755, INIT.as_bytes());
     cpio.file("rig/rc", 0o755, RC.as_bytes());
-    for (number, file) in kernel::load_order(&kernel.modules, MODULES)?.iter().enumerate() {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        cpio.file(&format!("modules/{number:02}-{name}"), 0o644, &read(file)?);
+    for (directory, wanted) in [("modules", MODULES), ("nvme", NVME_MODULES)] {
+        for (number, file) in kernel::load_order(&kernel.modules, wanted)?.iter().enumerate() {
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            cpio.file(&format!("{directory}/{number:02}-{name}"), 0o644, &read(file)?);
+        }
     }
     std::fs::write(into, cpio.finish()).with_context(|| format!("cannot write {}", into.display()))
 }

@@ -54,6 +54,8 @@ const PRUNED: &[&str] = &[
 pub struct Kernel {
     /// What QEMU starts: an unpacked `vmlinux`, or a bzImage.
     pub image: PathBuf,
+    /// What a boot loader can start: a bzImage.
+    pub packed: PathBuf,
     /// `.../lib/modules/RELEASE`, uncompressed and indexed.
     pub modules: PathBuf,
 }
@@ -100,13 +102,15 @@ pub fn finish(directory: &Path, tools: &Tree) -> Result<()> {
 /// The kernel that [`finish`] left in `directory`.
 pub fn at(directory: &Path) -> Result<Kernel> {
     let unpacked = directory.join("vmlinux");
+    let packed = image_below(directory)?;
     let image = if unpacked.is_file() {
         unpacked
     } else {
-        image_below(directory)?
+        packed.clone()
     };
     Ok(Kernel {
         image,
+        packed,
         modules: modules_below(directory)?,
     })
 }
@@ -260,6 +264,7 @@ pub fn from_environment() -> Result<Option<Kernel>> {
         return Ok(None);
     };
     let kernel = Kernel {
+        packed: image.clone().into(),
         image: image.into(),
         modules: modules.into(),
     };

@@ -7,11 +7,13 @@
 //! | kernel | Debian backports, or the user's | `kernel/` |
 //! | initial root | busybox and two scripts of ours | `initrd.cpio` |
 //! | KVM or not | a trial | `accel.json` |
+//! | boot loader | Debian packages, when a guest boots from a disk | `grub/` |
 //!
 //! Each part has a stamp that says what it was made from; a part with the right stamp is left alone.
 
 pub mod accel;
 pub mod apt;
+mod boot;
 mod cpio;
 mod initrd;
 pub mod kernel;
@@ -69,6 +71,7 @@ const GUEST_PACKAGES: &[&str] = &[
     "psmisc",
     "sed",
     "sg3-utils",
+    "smartmontools",
     "strace",
     "tar",
     "udev",
@@ -109,10 +112,7 @@ impl Rig {
         std::fs::create_dir_all(&directory)
             .with_context(|| format!("cannot create {}", directory.display()))?;
         let _lock = lock(&directory)?;
-        let maker = Maker {
-            directory: directory.clone(),
-            apt: OnceCell::new(),
-        };
+        let maker = Maker::new(&directory);
         let qemu = maker.qemu()?;
         let guest = maker.guest_tree()?;
         let kernel = maker.kernel(&guest)?;
@@ -135,17 +135,13 @@ impl Rig {
         std::fs::create_dir_all(&directory)
             .with_context(|| format!("cannot create {}", directory.display()))?;
         let _lock = lock(&directory)?;
-        let apt = OnceCell::new();
-        Maker { directory, apt }.qemu()
+        Maker::new(&directory).qemu()
     }
 
     /// The unpacked upstream source of a Debian package, in the guest's version, by `tar`.
     pub fn source(&self, package: &str) -> Result<PathBuf> {
         let _lock = lock(&self.directory)?;
-        let maker = Maker {
-            directory: self.directory.clone(),
-            apt: OnceCell::new(),
-        };
+        let maker = Maker::new(&self.directory);
         maker.part(&format!("source-{package}"), "1", |into| {
             let downloads = self.directory.join("apt/sources");
             let step = Step::start(format!("getting the source of {package}, for its own tests"));
@@ -191,6 +187,13 @@ struct Maker {
 }
 
 impl Maker {
+    fn new(directory: &Path) -> Maker {
+        Maker {
+            directory: directory.to_owned(),
+            apt: OnceCell::new(),
+        }
+    }
+
     /// The part `name` made by `make` into an empty directory, unless it is there with the stamp `key`.
     fn part(&self, name: &str, key: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         let (path, stamp) = (
