@@ -224,10 +224,12 @@ random_write_areas() {
 	state 2
 	say write 2 40 1
 	say write 2 3 1
-	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 19))
+	# In the middle of what is committed at a time, right, behind the pointer, the last of the window, and past it.
+	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 30))
+	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 31))
 	state 2
-	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 21))
 	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 19))
+	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 51))
 	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 47))
 	state 2
 	does nvme zns open-zone "$DEV" -s "$(lba 3)"
