@@ -112,6 +112,8 @@ pub(crate) enum Kind {
     Write,
     /// Zone Management Send and Receive.
     Manage,
+    /// The same, where the zone is to get a random write area.
+    Allocate,
     /// The commit of a random write area.
     Commit,
 }
@@ -121,7 +123,7 @@ pub(crate) fn failure(error: &Error, kind: Kind) -> Failure {
     let storage = match kind {
         Kind::Read => Status::UNRECOVERED_READ_ERROR,
         Kind::Write => Status::WRITE_FAULT,
-        Kind::Manage | Kind::Commit => Status::INTERNAL_ERROR,
+        Kind::Manage | Kind::Allocate | Kind::Commit => Status::INTERNAL_ERROR,
     };
     match error {
         Error::Zone(error) => Failure::lasting(zone_status(error, kind)),
@@ -143,7 +145,7 @@ pub(crate) fn failure(error: &Error, kind: Kind) -> Failure {
 fn zone_status(error: &ZoneError, kind: Kind) -> Status {
     let condition = |status| match kind {
         // What an action does not allow is a transition that is none.
-        Kind::Manage => Status::INVALID_ZONE_STATE_TRANSITION,
+        Kind::Manage | Kind::Allocate => Status::INVALID_ZONE_STATE_TRANSITION,
         // Whatever makes it impossible.
         Kind::Commit => Status::INVALID_ZONE_OPERATION,
         Kind::Read | Kind::Write => status,
@@ -153,9 +155,8 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
         ZoneError::Boundary { .. } | ZoneError::ExceedsCapacity { .. } => Status::ZONE_BOUNDARY_ERROR,
         ZoneError::NotAtWritePointer { .. } => Status::ZONE_INVALID_WRITE,
         ZoneError::OutsideRandomWriteArea { .. } => match kind {
-            // The end of a commit.
-            Kind::Commit | Kind::Manage => Status::ZONE_BOUNDARY_ERROR,
             Kind::Read | Kind::Write => Status::ZONE_INVALID_WRITE,
+            Kind::Manage | Kind::Allocate | Kind::Commit => Status::INVALID_ZONE_OPERATION,
         },
         ZoneError::Full { .. } => condition(Status::ZONE_IS_FULL),
         ZoneError::ReadOnly { .. } => condition(Status::ZONE_IS_READ_ONLY),
@@ -163,12 +164,15 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
         ZoneError::TooManyOpen { .. } => Status::TOO_MANY_OPEN_ZONES,
         ZoneError::TooManyActive { .. } => Status::TOO_MANY_ACTIVE_ZONES,
         ZoneError::InvalidTransition { .. } => Status::INVALID_ZONE_STATE_TRANSITION,
-        ZoneError::RandomWriteArea { .. } => Status::INVALID_ZONE_OPERATION,
+        ZoneError::RandomWriteArea { .. } | ZoneError::NotRandomWritable { .. } => {
+            Status::INVALID_ZONE_OPERATION
+        }
         ZoneError::NoRandomWriteArea { .. } => Status::ZRWA_RESOURCES_UNAVAILABLE,
+        // The write pointer is where no area can begin.
+        ZoneError::Unaligned { .. } if kind == Kind::Allocate => Status::INVALID_ZONE_OPERATION,
         ZoneError::Unaligned { .. }
         | ZoneError::NotZoneStart { .. }
         | ZoneError::AppendTooLarge { .. }
-        | ZoneError::NotRandomWritable { .. }
         // Namespaces have no such zones.
         | ZoneError::Conventional { .. }
         | ZoneError::NotSequentialRequired { .. } => Status::INVALID_FIELD,

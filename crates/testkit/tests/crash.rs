@@ -2,7 +2,9 @@
 
 mod crash_support;
 
-use crash_support::{SEED, case, caught, failing, hold, host_aware, host_managed, many_zones, mapped};
+use crash_support::{
+    SEED, case, caught, failing, hold, host_aware, host_managed, many_zones, mapped, zoned_namespace,
+};
 use zbdkit_block::RunStateMode;
 use zbdkit_testkit::crash::host::{FaultKind, Lie, Role};
 use zbdkit_testkit::crash::suite::{Case, Crash, Tally, creation, exhaust};
@@ -44,6 +46,41 @@ fn host_aware_zones_keep_the_contract() {
 #[test]
 fn crowded_host_aware_zones_keep_the_contract() {
     hold(mapped(case("aware-crowd", host_aware(), Mix::CROWD)), 20);
+}
+
+#[test]
+fn areas_extensions_and_attributes_keep_the_contract() {
+    hold(case("zns", zoned_namespace(), Mix::ZNS), 24);
+    hold(mapped(case("zns-mapped", zoned_namespace(), Mix::ZNS)), 24);
+}
+
+#[test]
+fn areas_extensions_and_attributes_keep_the_contract_in_all_modes_and_after_failures() {
+    let zns = |name| case(name, zoned_namespace(), Mix::ZNS);
+    hold(run_state(zns("zns-sync"), RunStateMode::Sync), 8);
+    hold(run_state(zns("zns-none"), RunStateMode::None), 8);
+    let write = FaultKind::Write;
+    hold(failing(zns("zns-write"), Role::Data, write, ENOSPC), 8);
+    hold(failing(zns("zns-table"), Role::Table, write, ENOSPC), 8);
+    hold(
+        failing(zns("zns-sync-fails"), Role::Table, FaultKind::Sync, EIO),
+        8,
+    );
+}
+
+#[test]
+fn every_crash_of_a_short_history_in_an_area_is_allowed() {
+    let few = Mix { zones: 2, ..Mix::ZNS };
+    let mut case = case("zns-short", zoned_namespace(), few);
+    case.plan.clients = 2;
+    case.plan.requests = 4;
+    let mut total = 0;
+    for number in 0..4 {
+        let mut tally = Tally::default();
+        let result = exhaust(&case, SEED + number, 128, &mut tally);
+        total += result.unwrap_or_else(|violation| panic!("{violation}"));
+    }
+    println!("zns-short: {total} states, all that there are up to 128 a moment");
 }
 
 #[test]

@@ -2,7 +2,9 @@
 
 mod crash_support;
 
-use crash_support::{SEED, case, caught, failing, hold, host_aware, host_managed, many_zones, mapped, tried};
+use crash_support::{
+    SEED, case, caught, failing, hold, host_aware, host_managed, many_zones, mapped, tried, zoned_namespace,
+};
 use zbdkit_block::{CreateOptions, Qcow2Layout, RunStateMode};
 use zbdkit_testkit::crash::host::{FaultKind, Lie, Role};
 use zbdkit_testkit::crash::image::Image;
@@ -57,6 +59,37 @@ fn clusters_of_the_usual_size_keep_the_contract() {
     let image = Image::qcow2(large_zones(), layout(65536));
     hold(case("qcow2-64k", image.clone(), Mix::ALL), 6);
     hold(mapped(case("qcow2-64k-crowd", image, Mix::CROWD)), 4);
+}
+
+/// Zones with areas and extensions in clusters of this size.
+fn namespace(cluster_size: u64) -> Image {
+    Image::qcow2(zoned_namespace(), layout(cluster_size))
+}
+
+#[test]
+fn areas_extensions_and_attributes_keep_the_contract() {
+    hold(case("qcow2-zns", namespace(4096), Mix::ZNS), 8);
+    hold(mapped(case("qcow2-zns-512", namespace(512), Mix::ZNS)), 8);
+    hold(case("qcow2-zns-32k", namespace(32768), Mix::ZNS), 6);
+    let subclusters = Qcow2Layout {
+        extended_l2: true,
+        ..layout(16384)
+    };
+    let image = Image::qcow2(zoned_namespace(), subclusters);
+    hold(mapped(case("qcow2-zns-subclusters", image, Mix::ZNS)), 6);
+}
+
+#[test]
+fn areas_extensions_and_attributes_keep_the_contract_over_a_base_and_with_snapshots() {
+    let over = namespace(4096).over(namespace(8192));
+    hold(case("qcow2-zns-over", over, Mix::ZNS), 6);
+    let snapshots = namespace(4096).with_snapshots();
+    hold(case("qcow2-zns-snapshots", snapshots, Mix::ZNS), 6);
+}
+
+#[test]
+fn snapshots_with_areas_and_extensions_are_made_applied_and_deleted_wholly_or_not_at_all() {
+    tell(short(case("steps-zns", namespace(4096), Mix::ZNS)), 4);
 }
 
 #[test]

@@ -420,8 +420,12 @@ impl<'a> Opening<'a> {
         let record = self.records.entry(zone.0).or_default();
         // A flush may have captured a write whose word was not stored yet.
         if word.is_of(record) && word.written() > record.written {
-            // The counter of bytes is as old as the table; what was written since is known by how far the end moved.
-            let moved = word.written() - record.written;
+            // The counter of bytes is as old as the table; what was written since is known by how far the end moved, but for
+            // pointers that move over what was written before, or never.
+            let moved = match record.zrwa {
+                false => word.written() - record.written,
+                true => 0,
+            };
             record.counters.bytes_written = record.counters.bytes_written.saturating_add(moved);
             record.write_to(word.written(), self.geometry.capacity(zone));
         }

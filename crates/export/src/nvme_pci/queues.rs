@@ -51,9 +51,17 @@ pub(super) struct QueueCommands {
 struct Registry {
     /// Which completion queues exist.
     cqs: Vec<bool>,
-    /// The completion queue of each submission queue.
-    sqs: Vec<Option<u16>>,
+    /// The submission queues that exist.
+    sqs: Vec<Option<SqEntry>>,
     shadow: Option<ShadowPages>,
+}
+
+/// A submission queue that exists.
+#[derive(Clone, Copy, Debug)]
+struct SqEntry {
+    cqid: u16,
+    /// A command deletes it: it exists until its own commands are done.
+    leaving: bool,
 }
 
 impl QueueCommands {
@@ -164,7 +172,7 @@ impl QueueControl for QueueCommands {
             if registry.sqs[usize::from(qid)].is_some() {
                 return Err(Status::INVALID_QUEUE_IDENTIFIER.into());
             }
-            registry.sqs[usize::from(qid)] = Some(cqid);
+            registry.sqs[usize::from(qid)] = Some(SqEntry { cqid, leaving: false });
             registry.shadow.map(|pages| pages.of(qid, false))
         };
         let (index, worker) = self.worker(cqid);
@@ -195,7 +203,7 @@ impl QueueControl for QueueCommands {
             if qid == 0 || registry.cqs.get(usize::from(qid)) != Some(&true) {
                 return Err(Status::INVALID_QUEUE_IDENTIFIER.into());
             }
-            if registry.sqs.contains(&Some(qid)) {
+            if registry.sqs.iter().flatten().any(|sq| sq.cqid == qid) {
                 return Err(Status::INVALID_QUEUE_DELETION.into());
             }
             registry.cqs[usize::from(qid)] = false;
@@ -208,14 +216,15 @@ impl QueueControl for QueueCommands {
     }
 
     async fn delete_sq(&self, qid: u16) -> Result<(), Failure> {
-        let cqid = self
-            .registry
-            .borrow()
-            .sqs
-            .get(usize::from(qid))
-            .copied()
-            .flatten();
-        let cqid = cqid.ok_or(Status::INVALID_QUEUE_IDENTIFIER)?;
+        let cqid = {
+            let mut registry = self.registry.borrow_mut();
+            let sq = registry.sqs.get_mut(usize::from(qid)).and_then(Option::as_mut);
+            let sq = sq
+                .filter(|sq| !sq.leaving)
+                .ok_or(Status::INVALID_QUEUE_IDENTIFIER)?;
+            sq.leaving = true;
+            sq.cqid
+        };
         let (_, worker) = self.worker(cqid);
         let deleted = worker.call(move |worker| async move {
             let sq = worker.sqs.borrow().iter().find(|sq| sq.id == qid).cloned();

@@ -35,7 +35,8 @@ pub(super) struct Sq {
     pub(super) shadow: Cell<Option<Shadow>>,
     executing: Cell<u32>,
     stopping: Cell<bool>,
-    idle: RefCell<Option<Waker>>,
+    /// Who waits until none executes.
+    idle: RefCell<Vec<Waker>>,
     executor: Executor,
 }
 
@@ -58,7 +59,7 @@ impl Sq {
             shadow: Cell::new(None),
             executing: Cell::new(0),
             stopping: Cell::new(false),
-            idle: RefCell::new(None),
+            idle: RefCell::default(),
             executor,
         })
     }
@@ -142,10 +143,8 @@ impl Sq {
             status: CompletionEntry::status_of(completion.status, false),
         });
         self.executing.set(self.executing.get() - 1);
-        if self.executing.get() == 0
-            && let Some(waker) = self.idle.borrow_mut().take()
-        {
-            waker.wake();
+        if self.executing.get() == 0 {
+            self.idle.take().into_iter().for_each(Waker::wake);
         }
     }
 
@@ -154,13 +153,13 @@ impl Sq {
         self.stopping.set(true);
     }
 
-    /// Waits until none of its commands executes. For one waiter at a time.
+    /// Waits until none of its commands executes.
     pub(super) async fn wait_idle(&self) {
         std::future::poll_fn(|cx| {
             if self.executing.get() == 0 {
                 return Poll::Ready(());
             }
-            *self.idle.borrow_mut() = Some(cx.waker().clone());
+            self.idle.borrow_mut().push(cx.waker().clone());
             Poll::Pending
         })
         .await;

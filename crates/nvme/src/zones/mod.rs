@@ -28,8 +28,12 @@ impl<T: Transfer> Request<'_, T> {
 }
 
 async fn manage(device: &Device, lane: &Lane, op: ZoneOp, start: u64) -> Result<(), Failure> {
+    let kind = match op {
+        ZoneOp::OpenZrwa => Kind::Allocate,
+        _ => Kind::Manage,
+    };
     let result = device.zone_op(lane, op, start).await;
-    result.map_err(|error| failure(&error, Kind::Manage))
+    result.map_err(|error| failure(&error, kind))
 }
 
 /// The condition of the zone that starts at `start`.

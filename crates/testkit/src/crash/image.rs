@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use zbdkit_block::{CreateOptions, Host, Qcow2Layout};
+use zbdkit_block::{CreateOptions, Host, Qcow2Layout, ZnsOptions};
 use zbdkit_io::Runtime;
 
 use super::choose::mix;
@@ -76,6 +76,19 @@ impl Image {
         self
     }
 
+    /// What clients asked for before the image's own histories.
+    fn earlier_mix(&self) -> Mix {
+        let zones = match self {
+            Image::Raw(zones) => zones,
+            Image::Qcow2(image) => &image.zones,
+        };
+        // Conditions that only the operator takes back would stop the clients that come after.
+        match zones.zns == ZnsOptions::default() {
+            true => Mix { set: 0, ..Mix::ALL },
+            false => Mix { set: 0, ..Mix::ZNS },
+        }
+    }
+
     fn is_qcow2(&self) -> bool {
         matches!(self, Image::Qcow2(_))
     }
@@ -96,7 +109,8 @@ impl Image {
         {
             let path = base.path("base");
             disk = on_machine(runtime, &disk, async |host| base.create(&host, "base").await)?;
-            (disk, first_id) = used(runtime, &disk, &path, mix(seed, 1), first_id)?;
+            let mix_before = base.earlier_mix();
+            (disk, first_id) = used(runtime, &disk, &path, mix_before, mix(seed, 1), first_id)?;
             fixed = disk.names().map(Path::to_owned).collect();
         }
         disk = on_machine(runtime, &disk, async |host| self.create(&host, "disk").await)?;
@@ -105,6 +119,7 @@ impl Image {
             qcow2: self.is_qcow2(),
             fixed,
             snapshots: Vec::new(),
+            earlier_mix: self.earlier_mix(),
             first_id,
             disk,
         };
@@ -145,13 +160,16 @@ pub struct Prepared {
     pub fixed: Vec<PathBuf>,
     /// The snapshots, and what the image must show when they are applied.
     pub snapshots: Vec<(String, View)>,
+    /// What clients asked for before the snapshots were made.
+    earlier_mix: Mix,
     /// The stamp of the first write.
     pub first_id: u32,
 }
 
 impl Prepared {
     fn write(&mut self, runtime: &Runtime, seed: u64) -> Result<(), String> {
-        (self.disk, self.first_id) = used(runtime, &self.disk, &self.path, seed, self.first_id)?;
+        let (path, mix) = (&self.path, self.earlier_mix);
+        (self.disk, self.first_id) = used(runtime, &self.disk, path, mix, seed, self.first_id)?;
         Ok(())
     }
 
@@ -270,11 +288,10 @@ fn used(
     runtime: &Runtime,
     disk: &Disk,
     path: &Path,
+    mix: Mix,
     seed: u64,
     first_id: u32,
 ) -> Result<(Disk, u32), String> {
-    // Conditions that only the operator takes back would stop the clients that come after.
-    let mix = Mix { set: 0, ..Mix::ALL };
     let plan = Plan {
         image: path.to_owned(),
         ..Plan::new(mix, 3, 25)

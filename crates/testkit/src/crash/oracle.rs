@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use zbdkit_block::{Device, Error};
-use zbdkit_zone::{Geometry, ZoneInfo};
+use zbdkit_zone::{Geometry, Recommendation, ZoneInfo};
 
 use super::disk::SECTOR;
 
@@ -29,6 +29,14 @@ fn stamp(id: u32, index: u32) -> [u8; 16] {
     stamp[8..12].copy_from_slice(&index.to_le_bytes());
     stamp[12..].copy_from_slice(&(!(id ^ index.rotate_left(16))).to_le_bytes());
     stamp
+}
+
+/// The bytes of the descriptor extension with stamp `id`.
+pub fn extension(id: u32, geometry: &Geometry) -> Vec<u8> {
+    let size = u64::from(geometry.extension_size());
+    let mut bytes = payload(id, size.next_multiple_of(SECTOR));
+    bytes.truncate(size as usize);
+    bytes
 }
 
 /// What a sector holds.
@@ -102,8 +110,31 @@ pub enum Kind {
     ResetAll,
     /// Finish.
     Finish,
+    /// The device finishes the zone by itself.
+    FinishByDevice,
     /// The operator's word.
     Set(Setting),
+    /// The zone gets a random write area.
+    OpenZrwa,
+    /// The pointer of a zone with such an area is moved.
+    Commit {
+        /// To there, absolute bytes.
+        end: u64,
+    },
+    /// The zone gets a descriptor extension.
+    Attach {
+        /// Its stamp.
+        id: u32,
+    },
+    /// The device recommends something.
+    Recommend(Option<Recommendation>),
+}
+
+impl Kind {
+    /// Whether it makes the zone full.
+    pub fn is_finish(&self) -> bool {
+        matches!(self, Kind::Finish | Kind::FinishByDevice)
+    }
 }
 
 /// How a request was answered.
@@ -191,6 +222,8 @@ pub struct Baseline {
     pub zones: Vec<ZoneInfo>,
     /// What each zone read as; none where it was offline.
     pub contents: Vec<Option<Vec<u8>>>,
+    /// The zones' descriptor extensions.
+    pub extensions: Vec<Option<Vec<u8>>>,
 }
 
 /// The log of one run.
@@ -240,6 +273,8 @@ impl Oracle {
     pub fn submit(&mut self, tick: u64, zone: u32, kind: Kind, device: &Device) -> usize {
         if let Kind::Write { id, .. } = kind {
             self.writes.insert(id, self.ops.len());
+        }
+        if let Kind::Write { id, .. } | Kind::Attach { id } = kind {
             self.next_id = self.next_id.max(id + 1);
         }
         let counts = counts(device, zone);

@@ -99,7 +99,8 @@ pub fn judge(found: &ZoneWords, zones: &[ZoneInfo], stale: impl Fn(usize) -> boo
             ));
         }
     }
-    let inexpressible = |zone: &&ZoneInfo| hidden(zone) || zone.kind == ZoneType::SequentialPreferred;
+    let inexpressible =
+        |zone: &&ZoneInfo| hidden(zone) || zone.attributes.zrwa || zone.kind == ZoneType::SequentialPreferred;
     match zones.iter().find(inexpressible) {
         Some(zone) if found.ours && !found.states => Err(format!(
             "zone {}: it is {} ({:?}), and the header does not say that such a thing is there",

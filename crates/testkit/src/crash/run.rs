@@ -124,7 +124,22 @@ pub async fn look_at(device: &Device) -> Result<View, Error> {
             .await?;
         contents.push(Some(buf.to_vec()));
     }
-    Ok(View { zones, contents })
+    let mut extensions = Vec::new();
+    for zone in &zones {
+        let has_some = device
+            .limits()
+            .zoned
+            .is_some_and(|zones| zones.extension_size() != 0);
+        extensions.push(match has_some {
+            true => device.extension(zone.start).await?,
+            false => None,
+        });
+    }
+    Ok(View {
+        zones,
+        contents,
+        extensions,
+    })
 }
 
 /// Is told what a reopened image shows and what the opening said, and may object.

@@ -135,6 +135,9 @@ pub fn same(one: &View, two: &View) -> Result<(), String> {
         if then != now {
             return Err(format!("zone {zone} is {now:?}\n  and was {then:?}"));
         }
+        if one.extensions[zone] != two.extensions[zone] {
+            return Err(format!("zone {zone} has another descriptor extension"));
+        }
         if one.contents[zone] != two.contents[zone] {
             let bytes = |view: &View| view.contents[zone].clone().unwrap_or_default();
             let (then, now) = (bytes(one), bytes(two));

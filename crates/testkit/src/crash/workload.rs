@@ -5,11 +5,11 @@ use std::rc::Rc;
 
 use zbdkit_block::{CrossZone, Device, Error, Lane, ZoneOp};
 use zbdkit_io::IoBuf;
-use zbdkit_zone::{CloseEmpty, ZoneError, ZoneNo, ZoneType};
+use zbdkit_zone::{CloseEmpty, Recommendation, ZoneError, ZoneNo, ZoneType};
 
 use super::choose::{Choose, Rng};
 use super::host::Machine;
-use super::oracle::{Kind, Oracle, Setting, payload};
+use super::oracle::{Kind, Oracle, Setting, extension, payload};
 
 /// Which requests, by weight.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +34,8 @@ pub struct Mix {
     pub read: u64,
     /// Discards in conventional zones.
     pub discard: u64,
+    /// What only Zoned Namespaces have: random write areas, commits, extensions, attributes.
+    pub zns: u64,
     /// Only so many zones are used, so that requests meet in them; 0 for all.
     pub zones: u32,
 }
@@ -51,6 +53,7 @@ impl Mix {
         set: 4,
         read: 4,
         discard: 1,
+        zns: 0,
         zones: 0,
     };
     /// Crowds in few zones, with resets between the writes.
@@ -65,7 +68,18 @@ impl Mix {
         set: 0,
         read: 2,
         discard: 0,
+        zns: 0,
         zones: 3,
+    };
+    /// Random write areas, extensions and attributes, among a bit of everything.
+    pub const ZNS: Mix = Mix {
+        reset: 5,
+        finish: 1,
+        open: 3,
+        set: 1,
+        zns: 30,
+        zones: 4,
+        ..Mix::ALL
     };
     /// Writes and flushes.
     pub const DATA: Mix = Mix {
@@ -79,6 +93,7 @@ impl Mix {
         set: 0,
         read: 0,
         discard: 0,
+        zns: 0,
         zones: 0,
     };
 
@@ -94,6 +109,7 @@ impl Mix {
             (What::Set, self.set),
             (What::Read, self.read),
             (What::Discard, self.discard),
+            (What::Zns, self.zns),
         ];
         let total = weights.iter().map(|(_, weight)| weight).sum();
         let mut at = rng.below(total);
@@ -119,6 +135,7 @@ enum What {
     Set,
     Read,
     Discard,
+    Zns,
 }
 
 /// One client with its lane.
@@ -179,6 +196,7 @@ impl Client {
                 What::Set => self.set(zone).await,
                 What::Read => self.read(zone).await,
                 What::Discard => self.discard().await,
+                What::Zns => self.zns(zone).await,
             }
         }
     }
@@ -245,6 +263,64 @@ impl Client {
         self.manage(zone, op, Kind::Set(setting)).await;
     }
 
+    async fn zns(&self, zone: ZoneNo) {
+        let geometry = self.oracle.borrow().geometry;
+        let Some(area) = geometry.zrwa() else { return };
+        let start = geometry.start(zone);
+        match self.below(24) {
+            0..6 => self.manage(zone, ZoneOp::OpenZrwa, Kind::OpenZrwa).await,
+            6..14 => {
+                let Some(wp) = self.area_of(zone) else { return };
+                let capacity_end = start + geometry.capacity(zone);
+                let granules = 1 + self.below(area.size / area.granularity);
+                let end = (wp + granules * area.granularity).min(capacity_end);
+                let kind = Kind::Commit { end };
+                self.note(zone.0, kind, self.device.commit_zrwa(&self.lane, end))
+                    .await;
+            }
+            14..20 => {
+                let id = self.oracle.borrow().next_id();
+                let bytes = extension(id, &geometry);
+                let attached = self.device.set_extension(&self.lane, start, &bytes);
+                self.note(zone.0, Kind::Attach { id }, attached).await;
+            }
+            20 => {
+                self.manage(zone, ZoneOp::FinishByDevice, Kind::FinishByDevice)
+                    .await
+            }
+            _ => {
+                let what = match self.below(3) {
+                    0 => None,
+                    1 => Some(Recommendation::Finish),
+                    _ => Some(Recommendation::Reset),
+                };
+                self.manage(zone, ZoneOp::Recommend(what), Kind::Recommend(what))
+                    .await;
+            }
+        }
+    }
+
+    /// The pointer of a zone that has a random write area now.
+    fn area_of(&self, zone: ZoneNo) -> Option<u64> {
+        let info = self.device.engine()?.info(zone);
+        info.attributes.zrwa.then_some(info.wp)
+    }
+
+    /// Somewhere in a zone's area or in the region behind it, in the zone.
+    fn in_area(&self, wp: u64, block: u64, end: u64) -> u64 {
+        let size = self
+            .oracle
+            .borrow()
+            .geometry
+            .zrwa()
+            .map_or(block, |area| area.size);
+        let blocks = match self.below(3) {
+            0 => 2 * size / block,
+            _ => size / block,
+        };
+        (wp + block * self.below(blocks)).min(end - block)
+    }
+
     async fn read(&self, zone: ZoneNo) {
         let len = self.oracle.borrow().geometry.zone_size();
         let buf = IoBuf::alloc(len as usize);
@@ -285,10 +361,12 @@ impl Client {
         };
         let len = block * (1 + self.below(3));
         let id = self.oracle.borrow().next_id();
-        if kind == ZoneType::SequentialRequired && append && !zeros && self.below(2) == 0 {
+        let area = self.area_of(zone).filter(|_| self.below(16) != 0);
+        if kind == ZoneType::SequentialRequired && append && !zeros && area.is_none() && self.below(2) == 0 {
             return self.append(zone, id, len).await;
         }
         let offset = match kind {
+            _ if area.is_some() => self.in_area(area.unwrap_or(start), block, start + capacity),
             ZoneType::SequentialRequired => self.claim(zone, len, start + capacity),
             // Mostly near the pointer, so that gaps, overwrites and meetings all come up.
             ZoneType::SequentialPreferred if self.below(2) == 0 => self.claim(zone, len, start + capacity),

@@ -5,7 +5,7 @@
 
 #![allow(dead_code, reason = "each of the tests uses a part")]
 
-use zbdkit_block::CreateOptions;
+use zbdkit_block::{CreateOptions, ZnsOptions};
 use zbdkit_testkit::crash::host::{Fault, FaultKind, Lie, Role};
 use zbdkit_testkit::crash::image::Image;
 use zbdkit_testkit::crash::run::Plan;
@@ -35,6 +35,19 @@ pub fn host_aware() -> CreateOptions {
         model: Model::HostAware,
         zone_size: Some(64 << 10),
         ..CreateOptions::new("", 512 << 10)
+    }
+}
+
+/// The same zones with areas of four blocks that move two at a time, two of them at once, and extensions of two sectors.
+pub fn zoned_namespace() -> CreateOptions {
+    CreateOptions {
+        zns: ZnsOptions {
+            zrwa_size: Some(16 << 10),
+            zrwa_granularity: Some(8 << 10),
+            max_zrwa: Some(2),
+            extension_size: 1024,
+        },
+        ..host_managed()
     }
 }
 

@@ -151,7 +151,7 @@ impl<'a> Judge<'a> {
             .or_else(|| candidates().next())
     }
 
-    fn zeros_above(&self, contents: &[u8], end: u64) -> Verdict {
+    pub(super) fn zeros_above(&self, contents: &[u8], end: u64) -> Verdict {
         let rest = &contents[end as usize..];
         ensure!(
             rest.chunks(PIECE).all(|sector| look(sector) == Found::Zeros),

@@ -1,6 +1,7 @@
 //! Is what a reopened image shows allowed, after what its clients were told?
 
 mod contents;
+mod window;
 
 use zbdkit_zone::{Condition, ZoneInfo, ZoneNo, ZoneType};
 
@@ -57,7 +58,7 @@ pub fn judge(oracle: &Oracle, at: Moment, view: &View) -> Verdict {
     );
     for zone in 0..view.zones.len() {
         judge
-            .zone(zone, &view.zones[zone], view.contents[zone].as_deref())
+            .zone(zone, view)
             .map_err(|why| format!("zone {zone}: {why}\n  it shows {:?}", view.zones[zone]))?;
     }
     Ok(())
@@ -80,7 +81,8 @@ struct Judge<'a> {
 }
 
 impl<'a> Judge<'a> {
-    fn zone(&self, zone: usize, info: &ZoneInfo, contents: Option<&[u8]>) -> Verdict {
+    fn zone(&self, zone: usize, view: &View) -> Verdict {
+        let (info, contents) = (&view.zones[zone], view.contents[zone].as_deref());
         let before = &self.oracle.baseline.zones[zone];
         ensure!(
             (info.zone, info.start, info.len, info.capacity, info.kind)
@@ -100,7 +102,10 @@ impl<'a> Judge<'a> {
             "it can be read although offline, or cannot although it is not"
         );
         self.bytes_written(zone, info)?;
+        self.attributes(zone, info)?;
+        self.extension(zone, info, view.extensions[zone].as_deref())?;
         match info.kind {
+            ZoneType::SequentialRequired if self.has_window(zone, info) => self.window(zone, info, contents),
             ZoneType::Conventional => contents.map_or(Ok(()), |contents| self.sectors(zone, info, contents)),
             ZoneType::SequentialRequired => self.sequential(zone, info, contents),
             ZoneType::SequentialPreferred => self.preferred(zone, info, contents),
@@ -137,14 +142,14 @@ impl<'a> Judge<'a> {
     /// A finish records the written end, over everything acknowledged before.
     fn finished_after(&self, write: &Op, at: u64) -> bool {
         self.ops(write.zone as usize)
-            .any(|op| op.kind == Kind::Finish && op.submitted > at && op.acknowledged(self.at.tick).is_some())
+            .any(|op| op.kind.is_finish() && op.submitted > at && op.acknowledged(self.at.tick).is_some())
     }
 
     fn counters(&self, zone: usize, info: &ZoneInfo) -> Verdict {
         let before = self.oracle.baseline.zones[zone].counters;
         let tick = self.at.tick;
         let is_reset = |op: &Op| matches!(op.kind, Kind::Reset | Kind::ResetAll);
-        let is_finish = |op: &Op| op.kind == Kind::Finish;
+        let is_finish = |op: &Op| op.kind.is_finish();
         let open = |of: &dyn Fn(&Op) -> bool| {
             self.ops(zone).filter(|op| of(op) && op.open_ended(tick)).count() as u32
         };
@@ -255,7 +260,7 @@ impl<'a> Judge<'a> {
         }
         let generation = info.counters.resets;
         let (written, capacity) = (info.written_end - info.start, info.capacity);
-        let finishes = || self.ops(zone).filter(|op| op.kind == Kind::Finish);
+        let finishes = || self.ops(zone).filter(|op| op.kind.is_finish());
         let was_full = before.counters.resets == generation
             && before.condition == Condition::Full
             && before.written_end < before.start + capacity;
@@ -266,9 +271,13 @@ impl<'a> Judge<'a> {
         let hidden = matches!(before.condition, Condition::ReadOnly | Condition::Offline)
             && before.counters.resets == generation;
         let may = must || hidden || finishes().any(|op| op.may_be_of(generation, self.at.tick));
-        let expected = if written == capacity || must || info.condition == Condition::Full && may {
+        let is_plain = !info.attributes.zrwa && !info.attributes.extension;
+        let expected = if (written == capacity && !info.attributes.zrwa)
+            || must
+            || info.condition == Condition::Full && may
+        {
             Condition::Full
-        } else if written == 0 {
+        } else if written == 0 && is_plain {
             Condition::Empty
         } else {
             Condition::Closed
@@ -278,6 +287,9 @@ impl<'a> Judge<'a> {
             "it is {} with {written} bytes written, and should be {expected}",
             info.condition
         );
+        if info.attributes.zrwa {
+            return Ok(());
+        }
         let wp = if expected == Condition::Full {
             capacity
         } else {
@@ -312,7 +324,7 @@ impl<'a> Judge<'a> {
             .sum()
         };
         // Overwrites move no pointer, so before a flush only the bytes of growing zones are kept.
-        let ordered = info.kind == ZoneType::SequentialRequired;
+        let ordered = info.kind == ZoneType::SequentialRequired && !self.ever_had_window(zone);
         let least = sum(&|op| {
             op.acknowledged(self.at.tick).is_some_and(|at| at < self.flushed) || ordered && self.required(op)
         });
