@@ -408,7 +408,7 @@ pub enum GeometryError {
         granularity: u64,
     },
     /// The size of random write areas is out of range.
-    #[error("ZRWA size {size} is too large: it can be at most {max}, so many blocks or the zone capacity")]
+    #[error("ZRWA size {size} is too large: it can be at most {max}, which is 65535 blocks")]
     ZrwaTooLarge {
         /// The size.
         size: u64,

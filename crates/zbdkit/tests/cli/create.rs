@@ -35,6 +35,31 @@ fn impossible_zones_are_refused_with_what_is_wrong_and_leave_nothing() {
             ],
             "max open zones 3 is more than max active zones 2",
         ),
+        (
+            &["--size", "64M", "--zone-size", "16M", "--max-zrwa", "2"],
+            "ZRWA size must not be 0 where",
+        ),
+        (
+            &["--size", "64M", "--zone-size", "16M", "--zrwa-size", "6000"],
+            "ZRWA size 6000 is not a multiple of the ZRWA granularity 4096",
+        ),
+        (
+            &["--size", "64M", "--zone-size", "16M", "--extension-size", "100"],
+            "zone descriptor extension size 100 is not a multiple of 64",
+        ),
+        (
+            &[
+                "--size",
+                "64M",
+                "--zone-size",
+                "16M",
+                "--model",
+                "host-aware",
+                "--zrwa-size",
+                "64k",
+            ],
+            "are for host-managed devices",
+        ),
         (&["--size", "0"], "device size must not be 0"),
         (
             &["--size", "768"],
@@ -160,6 +185,7 @@ fn json_tells_what_was_made_in_bytes() {
     let zoned = serde_json::json!({
         "model": "host-managed", "zone_size": 64 << 20, "zone_capacity": 48 << 20, "nr_zones": 12,
         "nr_conventional": 0, "max_open": 6, "max_active": 8, "max_append": 1 << 20,
+        "zrwa": null, "extension_size": 0,
     });
     assert_eq!(made["zoned"], zoned);
     assert_eq!(info["zoned"], zoned);
@@ -169,4 +195,60 @@ fn json_tells_what_was_made_in_bytes() {
     );
     assert_eq!(made["uuid"], info["table"]["uuid"]);
     assert_eq!(info["table"]["clean"], true);
+}
+
+#[test]
+fn what_only_nvme_has_is_shown_and_copied() {
+    let bench = Bench::new();
+    let zns = [
+        "--size",
+        "64M",
+        "--zone-size",
+        "16M",
+        "--zrwa-size",
+        "64k",
+        "--zrwa-granularity",
+        "8k",
+        "--max-zrwa",
+        "2",
+        "--extension-size",
+        "128",
+    ];
+    for name in ["z.raw", "z.qcow2"] {
+        let mut args = vec!["create", name];
+        args.extend(zns);
+        let said = bench.run(&args).ok();
+        assert!(said.contains(
+            "zone.zrwa_size=65536 zone.zrwa_granularity=8192 zone.max_zrwa=2 zone.descr_ext_size=128"
+        ));
+        let said = bench.run(&["info", name]).ok();
+        assert!(said.contains("descriptor extensions: 128 bytes"), "{said}");
+        assert!(
+            said.contains("random write areas: 64 KiB, granularity 8 KiB, at most 2"),
+            "{said}"
+        );
+    }
+    let json = bench.run(&["info", "--json", "z.raw"]).ok();
+    assert!(
+        json.contains(r#""explicit_commit": true"#) || json.contains(r#""explicit_commit":true"#),
+        "{json}"
+    );
+    bench.run(&["convert", "-O", "raw", "z.qcow2", "copy.raw"]).ok();
+    let said = bench.run(&["info", "copy.raw"]).ok();
+    assert!(
+        said.contains("random write areas: 64 KiB, granularity 8 KiB, at most 2"),
+        "{said}"
+    );
+    bench
+        .run(&[
+            "convert",
+            "-O",
+            "raw",
+            "-o",
+            "zone.zrwa_size=0",
+            "z.qcow2",
+            "without.raw",
+        ])
+        .ok();
+    assert!(!bench.run(&["info", "without.raw"]).ok().contains("random write"));
 }

@@ -11,7 +11,7 @@ mod world;
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::thread;
 use world::{BLOCK, EIO, World, ZONE, explore, join, spawn};
-use zbdkit_zone::{CloseEmpty, Completion, Condition, ExclusiveOp, Refused, ZoneError, ZoneNo};
+use zbdkit_zone::{CloseEmpty, Completion, Condition, ExclusiveOp, Refused, ZoneError, ZoneNo, Zrwa};
 
 /// One in three fails.
 fn some_fail() -> Result<(), i32> {
@@ -369,5 +369,100 @@ fn slots_that_other_threads_return_are_neither_lost_nor_given_twice() {
             world.check_acked(ZoneNo(0)) + world.check_acked(ZoneNo(1)),
             2 * ZONE * BLOCK
         );
+    });
+}
+
+/// An area of two blocks that moves block by block, one at a time, and a zone that has it.
+fn with_area() -> std::sync::Arc<World> {
+    let world = World::new(2, |spec| {
+        spec.zns.zrwa = Some(Zrwa {
+            size: 2 * BLOCK,
+            granularity: BLOCK,
+            count: 1,
+            explicit_commit: true,
+        });
+    });
+    let permit = world.alone(Z, ExclusiveOp::OpenZrwa).expect("it is empty");
+    world.engine.commit(permit, &world.bells);
+    world
+}
+
+/// A write of one block in the area, if it is still there.
+fn write_in_area(world: &World, block: u64) {
+    let mut pool = world.engine.slots(1);
+    let offset = block * BLOCK;
+    let permit = match world.admitted(Z, || world.engine.admit_write(&mut pool, offset, BLOCK)) {
+        Ok(permit) => permit,
+        Err(
+            ZoneError::OutsideRandomWriteArea { .. }
+            | ZoneError::NotAtWritePointer { .. }
+            | ZoneError::Full { .. },
+        ) => return,
+        Err(error) => panic!("{error}"),
+    };
+    let _ = world.write(permit, some_fail());
+}
+
+#[test]
+fn acknowledged_writes_of_an_area_lie_below_its_end_and_the_published_pointer_leads_there() {
+    explore(|| {
+        let world = with_area();
+        join([
+            spawn(&world, |world| write_in_area(world, 3)),
+            spawn(&world, |world| {
+                write_in_area(world, 1);
+                write_in_area(world, 2);
+            }),
+            spawn(&world, |world| {
+                let committed = world.admitted(Z, || world.engine.commit_zrwa(BLOCK, &world.bells));
+                if let Ok(prefix) = committed {
+                    world.engine.acknowledge(prefix, Ok(()), &world.bells);
+                }
+            }),
+        ]);
+        let info = world.engine.info(Z);
+        let acked = world.acked.lock().expect("no panic").clone();
+        assert!(acked.iter().all(|write| write.3 <= info.written_end));
+        assert_eq!(*world.bells.published[0].lock().expect("no panic"), info.wp);
+        assert_eq!(info.written_end, info.wp + 2 * BLOCK);
+        // Whatever failed, the area begins where it is said to.
+        let mut pool = world.engine.slots(1);
+        let permit = world
+            .engine
+            .admit_write(&mut pool, info.wp, BLOCK)
+            .expect("the pointer is right");
+        world.write(permit, Ok(())).expect("nothing fails");
+        world.check_counts();
+    });
+}
+
+#[test]
+fn an_area_is_free_again_once_its_zone_is_full_finished_or_reset() {
+    explore(|| {
+        let world = with_area();
+        let other = ZoneNo(1);
+        let refused = world.engine.begin(other, ExclusiveOp::OpenZrwa).err();
+        assert_eq!(
+            refused,
+            Some(Refused::Zone(ZoneError::NoRandomWriteArea { zone: other }))
+        );
+        join([
+            spawn(&world, |world| write_in_area(world, 1)),
+            spawn(&world, |world| {
+                for end in [2, 4] {
+                    let committed = world.admitted(Z, || world.engine.commit_zrwa(end * BLOCK, &world.bells));
+                    if let Ok(prefix) = committed {
+                        world.engine.acknowledge(prefix, Ok(()), &world.bells);
+                    }
+                }
+            }),
+            spawn(&world, |world| world.reset(Z)),
+        ]);
+        if world.engine.info(Z).attributes.zrwa {
+            world.reset(Z);
+        }
+        let permit = world.alone(other, ExclusiveOp::OpenZrwa).expect("one is free");
+        world.engine.commit(permit, &world.bells);
+        world.check_counts();
     });
 }
