@@ -16,7 +16,7 @@ use zerocopy::FromBytes;
 const MOST: usize = 32;
 
 fuzz_target!(|data: &[u8]| {
-    let host = Host::new();
+    let host = Host::with_areas();
     let mut rest = data;
     for _ in 0..MOST {
         let Some((admin, after)) = rest.split_first() else {

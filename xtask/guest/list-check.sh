@@ -108,11 +108,15 @@ udevadm settle
 disk=/dev/$(ls /sys/bus/pseudo/drivers/scsi_debug/adapter0/host*/target*/*/block)
 run zbdkit list
 expect "what Linux says" none "$(cat "/sys/block/${disk#/dev/}/queue/zoned")"
-# scsi_debug of recent kernels leaves the field empty.
+# scsi_debug of recent kernels leaves the field empty: its zones tell, to whoever may ask.
+expect "model" host-aware "$(shown "$disk" model)"
+expect "zones" 32 "$(shown "$disk" nr_zones)"
+expect "zone size" $((8 << 20)) "$(shown "$disk" zone_size)"
 case "$(sg_vpd -p bdc "$disk")" in
-*ZONED=1*) expect "model" host-aware "$(shown "$disk" model)" ;;
-*) expect "a disk that does not say so" "" "$(shown "$disk" model)" ;;
+*ZONED=1*) ;;
+*) expect "without the right to ask" "" "$(user list --json | jq -r --arg path "$disk" '.devices[] | select(.path == $path) | .model')" ;;
 esac
+run zbdkit check "$disk"
 run rmmod scsi_debug
 
 echo "== an NVMe namespace"

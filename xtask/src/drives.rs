@@ -64,6 +64,16 @@ const AS_SIMULATED: Nvme = Nvme {
     size: 8,
 };
 
+/// One with zones that take a while to fill.
+const LARGE: Nvme = Nvme {
+    controller: "",
+    namespaces: &[
+        "zoned=on,zoned.zone_size=64M,zoned.max_open=14,zoned.max_active=14,logical_block_size=4096,\
+         physical_block_size=4096",
+    ],
+    size: 1024,
+};
+
 /// The commands of QEMU's iotest `zoned`, with qemu-io's answers.
 const ZONED: &str = include_str!("../../crates/zbdkit/tests/cli/iotests/zoned.transcript");
 
@@ -97,6 +107,16 @@ pub const DRIVE_JOBS: &[DriveJob] = &[
         shows: true,
         files: &[],
         nvme: ONE,
+        tests: &[],
+    },
+    DriveJob {
+        name: "host-nvme-bench",
+        about: "writes and appends by commands to an NVMe namespace against fio, a table",
+        minutes: 20,
+        script: include_str!("../guest/host-nvme-bench.sh"),
+        shows: true,
+        files: &[],
+        nvme: LARGE,
         tests: &[],
     },
     DriveJob {

@@ -200,7 +200,8 @@ impl Node for RawNode {
     fn commit_zrwa<'a>(&'a self, end: u64) -> Request<'a, ()> {
         Box::pin(async move {
             let size = self.limits.size;
-            if end > size {
+            // The end of the zone before the window is the start of its first one.
+            if end == 0 || end > size {
                 return Err(Error::OutOfRange {
                     offset: end,
                     len: 0,

@@ -7,15 +7,17 @@ use std::sync::Arc;
 
 use nvme::{Rig, open};
 use zbdkit_block::{
-    CreateOptions, Device, Graph, Host, OpenOptions, OsHost, Qcow2CreateOptions, create, create_qcow2,
+    CreateOptions, Device, Graph, Host, OpenOptions, OsHost, Qcow2CreateOptions, ZnsOptions, create,
+    create_qcow2,
 };
 use zbdkit_io::{Runtime, RuntimeOptions};
 use zbdkit_testkit::conformance;
 use zbdkit_testkit::nvme::NvmeNode;
 
-/// 12 zones of 1 MiB, three quarters of each writable; 3 may be open, 5 active.
+/// 12 zones of 1 MiB, three quarters of each writable; 3 may be open, 5 active, 2 have a random write area; with extensions.
 const ZONED: &str = "driver=zoned,file.driver=memory,file.size=12M,zone.mode=host-managed,zone.size=1M,\
-    zone.capacity=768k,zone.max_open_zones=3,zone.max_active_zones=5,zone.max_append_bytes=64k";
+    zone.capacity=768k,zone.max_open_zones=3,zone.max_active_zones=5,zone.max_append_bytes=64k,zone.zrwa_size=64k,\
+    zone.zrwa_granularity=16k,zone.max_zrwa=2,zone.descr_ext_size=192";
 
 fn image(path: &Path) -> CreateOptions {
     CreateOptions {
@@ -24,6 +26,12 @@ fn image(path: &Path) -> CreateOptions {
         max_open: Some(3),
         max_active: 5,
         max_append: Some(64 << 10),
+        zns: ZnsOptions {
+            zrwa_size: Some(64 << 10),
+            zrwa_granularity: Some(16 << 10),
+            max_zrwa: Some(2),
+            extension_size: 192,
+        },
         ..CreateOptions::new(path, 12 << 20)
     }
 }

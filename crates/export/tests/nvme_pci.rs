@@ -142,6 +142,21 @@ fn data_pointers_that_are_none_fail_the_command_and_nothing_else() {
 }
 
 #[test]
+fn transfers_are_as_long_as_the_controller_is_told() {
+    let rig = Rig::with(|options| options.max_transfer = 1);
+    let mut driver = rig.driver();
+    driver.enable();
+    driver.make_io_queues(1);
+    let prps = driver.prps(DATA, 17 * 512);
+    for (blocks, expected) in [(16, Status::SUCCESS), (17, Status::INVALID_FIELD)] {
+        assert_eq!(
+            driver.io(1, Entry::rw(Opcode::READ, 0, blocks).prps(prps)),
+            expected
+        );
+    }
+}
+
+#[test]
 fn queues_wrap_and_completions_keep_their_phase() {
     let rig = Rig::new();
     let mut driver = rig.driver();

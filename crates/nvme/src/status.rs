@@ -155,8 +155,9 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
         ZoneError::Boundary { .. } | ZoneError::ExceedsCapacity { .. } => Status::ZONE_BOUNDARY_ERROR,
         ZoneError::NotAtWritePointer { .. } => Status::ZONE_INVALID_WRITE,
         ZoneError::OutsideRandomWriteArea { .. } => match kind {
+            // The end of a commit.
+            Kind::Manage | Kind::Allocate | Kind::Commit => Status::ZONE_BOUNDARY_ERROR,
             Kind::Read | Kind::Write => Status::ZONE_INVALID_WRITE,
-            Kind::Manage | Kind::Allocate | Kind::Commit => Status::INVALID_ZONE_OPERATION,
         },
         ZoneError::Full { .. } => condition(Status::ZONE_IS_FULL),
         ZoneError::ReadOnly { .. } => condition(Status::ZONE_IS_READ_ONLY),

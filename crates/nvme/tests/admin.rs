@@ -330,6 +330,20 @@ fn a_controller_is_enabled_disabled_and_shut_down_by_cc() {
 }
 
 #[test]
+fn a_shutdown_closes_zones_however_many_are_open() {
+    let host = Host::new();
+    assert_eq!(host.zone(SendAction::OPEN, 0), Status::SUCCESS);
+    assert_eq!(host.zone(SendAction::CLOSE, 0), Status::SUCCESS);
+    // As many as can be.
+    for zone in 1..4 {
+        assert_eq!(host.zone(SendAction::OPEN, zone * ZONE), Status::SUCCESS);
+    }
+    host.runtime.block_on(host.controller.shut_down());
+    assert!((0..4).all(|zone| host.state(zone).0 == ZoneState::EMPTY));
+    host.must_work();
+}
+
+#[test]
 fn controllers_share_their_namespaces() {
     let host = Host::new();
     let options = ControllerOptions {

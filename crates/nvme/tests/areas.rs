@@ -21,14 +21,6 @@ const GRANULE: u64 = 16;
 /// Bytes of an extension.
 const EXTENSION: usize = 128;
 
-fn host() -> Host {
-    let graph = format!(
-        "{},zone.zrwa_size=64k,zone.zrwa_granularity=8k,zone.max_zrwa=2,zone.descr_ext_size=128",
-        host::ZONED
-    );
-    Host::over(&[(&graph, NamespaceOptions::default())])
-}
-
 fn open_with_area(host: &Host, zone: u64) -> Status {
     let option = SendCdw13::new().with_zsaso(true);
     host.send(zone_send(SendAction::OPEN, zone * ZONE, option), &[])
@@ -70,7 +62,7 @@ fn extended(host: &Host, lba: u64, len: usize, partial: bool) -> (u64, Vec<(Zone
 
 #[test]
 fn a_namespace_says_what_its_image_has() {
-    let host = host();
+    let host = Host::with_areas();
     let data = zns::IdentifyNamespace::read_from_bytes(&host.ask(identify(5, ZONED_NSID, 2))).unwrap();
     assert_eq!((data.ozcs.get(), data.zoc.get()), (1 << 1, 0));
     assert_eq!(
@@ -100,7 +92,7 @@ fn without_a_limit_of_areas_the_active_limit_is_one() {
 
 #[test]
 fn blocks_of_an_area_are_written_in_any_order_and_again() {
-    let host = host();
+    let host = Host::with_areas();
     assert_eq!(open_with_area(&host, 1), Status::SUCCESS);
     assert!(attributes(&host, 1).zrwav());
     for lba in [ZONE + 40, ZONE + AREA - 8, ZONE, ZONE + 40] {
@@ -123,7 +115,7 @@ fn blocks_of_an_area_are_written_in_any_order_and_again() {
 
 #[test]
 fn an_area_is_committed_by_the_last_block_that_it_names() {
-    let host = host();
+    let host = Host::with_areas();
     assert_eq!(
         commit(&host, ZONE + GRANULE),
         Status::INVALID_ZONE_OPERATION,
@@ -138,11 +130,11 @@ fn an_area_is_committed_by_the_last_block_that_it_names() {
         Status::INVALID_FIELD,
         "no granule"
     );
-    let invalid = Status::INVALID_ZONE_OPERATION;
-    assert_eq!(commit(&host, ZONE + GRANULE), invalid, "below the area");
+    let outside = Status::ZONE_BOUNDARY_ERROR;
+    assert_eq!(commit(&host, ZONE + GRANULE), outside, "below the area");
     assert_eq!(
         commit(&host, ZONE + 2 * GRANULE + AREA + GRANULE),
-        invalid,
+        outside,
         "above it"
     );
     assert_eq!(commit(&host, u64::MAX), Status::LBA_OUT_OF_RANGE);
@@ -164,7 +156,7 @@ fn an_area_is_committed_by_the_last_block_that_it_names() {
 
 #[test]
 fn a_zone_keeps_its_area_until_it_is_full_finished_or_reset() {
-    let host = host();
+    let host = Host::with_areas();
     let has = |zone| attributes(&host, zone).zrwav();
     for zone in 0..2 {
         assert_eq!(open_with_area(&host, zone), Status::SUCCESS);
@@ -196,7 +188,7 @@ fn a_zone_keeps_its_area_until_it_is_full_finished_or_reset() {
 
 #[test]
 fn an_area_begins_at_a_granule_in_a_zone_that_can_be_opened() {
-    let host = host();
+    let host = Host::with_areas();
     assert_eq!(host.write(ZONED_NSID, 0, GRANULE), Status::SUCCESS);
     assert_eq!(open_with_area(&host, 0), Status::SUCCESS);
     assert_eq!(host.state(0), (ZoneState::EXPLICITLY_OPENED, GRANULE));
@@ -225,7 +217,7 @@ fn an_area_begins_at_a_granule_in_a_zone_that_can_be_opened() {
 
 #[test]
 fn an_extension_is_attached_to_an_empty_zone_and_reported() {
-    let host = host();
+    let host = Host::with_areas();
     let data = pattern(7, 1)[..EXTENSION].to_vec();
     let memory = Memory::new(data.clone());
     let command = zone_send(SendAction::SET_DESCRIPTOR_EXTENSION, 2 * ZONE, SendCdw13::new());
@@ -259,7 +251,7 @@ fn an_extension_is_attached_to_an_empty_zone_and_reported() {
 
 #[test]
 fn an_extension_takes_an_active_zone_and_a_zones_first_block() {
-    let host = host();
+    let host = Host::with_areas();
     for zone in 0..4 {
         assert_eq!(set_extension(&host, zone, &[1; EXTENSION]), Status::SUCCESS);
     }
@@ -290,7 +282,7 @@ fn an_extension_takes_an_active_zone_and_a_zones_first_block() {
 
 #[test]
 fn an_extension_may_come_with_an_area_and_then_a_zone_gets_both_or_neither() {
-    let host = host();
+    let host = Host::with_areas();
     let option = SendCdw13::new().with_zsaso(true);
     let both = |zone: u64| {
         let command = zone_send(SendAction::SET_DESCRIPTOR_EXTENSION, zone * ZONE, option);
@@ -312,7 +304,7 @@ fn an_extension_may_come_with_an_area_and_then_a_zone_gets_both_or_neither() {
 
 #[test]
 fn a_shutdown_leaves_zones_closed_that_have_an_area_or_an_extension() {
-    let host = host();
+    let host = Host::with_areas();
     assert_eq!(open_with_area(&host, 0), Status::SUCCESS);
     assert_eq!(set_extension(&host, 1, &[1; EXTENSION]), Status::SUCCESS);
     assert_eq!(host.zone(SendAction::OPEN, ZONE), Status::SUCCESS);
@@ -326,7 +318,7 @@ fn a_shutdown_leaves_zones_closed_that_have_an_area_or_an_extension() {
 
 #[test]
 fn what_the_device_does_to_zones_and_would_have_done_is_told_and_reported() {
-    let host = host();
+    let host = Host::with_areas();
     let list = || {
         let page = host.ask(get_log(LogId::CHANGED_ZONES.0, ZONED_NSID, 4096));
         let list = ChangedZoneList::read_from_bytes(&page).unwrap();

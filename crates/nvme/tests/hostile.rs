@@ -56,7 +56,7 @@ fn cases() -> u32 {
 
 #[test]
 fn any_command_ends_and_the_queue_goes_on() {
-    let host = Host::new();
+    let host = Host::with_areas();
     let data = || prop::collection::vec(any::<u8>(), 0..256);
     let config = ProptestConfig::with_cases(cases());
     proptest!(config, |(entry in entries(), data in data())| {

@@ -14,8 +14,8 @@ use zbdkit_block::host_device::{Drive, DriveFacts};
 use zbdkit_block::{Error, Request, ZoneOp};
 use zbdkit_io::{File, IoBuf, LocalBoxFuture, Storage, StorageOp, yield_now};
 use zbdkit_zone::{
-    Completion, Engine, ExclusiveOp, Filter, Geometry, GeometrySpec, Refused, SlotPool, ZoneInfo, ZoneNo,
-    ZoneRecord, ZoneType,
+    Completion, Engine, ExclusiveOp, Filter, Geometry, GeometrySpec, Refused, SlotPool, ZoneError, ZoneInfo,
+    ZoneNo, ZoneRecord, ZoneType,
 };
 
 /// A drive in memory.
@@ -108,6 +108,7 @@ impl FakeDrive {
                     max_append: spec.max_append,
                     write_granularity: spec.block_size,
                 },
+                zns: spec.zns,
             },
             file: File::custom(Arc::new(Bytes(disk.clone()))),
             disk,
@@ -261,21 +262,22 @@ impl Disk {
         result
     }
 
-    fn zone_op(&self, zone: ZoneNo, op: ZoneOp) -> Result<(), i32> {
+    fn zone_op(&self, zone: ZoneNo, op: ZoneOp) -> Result<(), Error> {
         let exclusive = match op {
-            ZoneOp::Open => return self.engine.open(zone).map_err(|e| errno(&e)),
-            ZoneOp::Close(empty) => return self.engine.close(zone, empty).map_err(|e| errno(&e)),
+            ZoneOp::Open => return self.engine.open(zone).map_err(|e| failure(&e)),
+            ZoneOp::Close(empty) => return self.engine.close(zone, empty).map_err(|e| failure(&e)),
             ZoneOp::Finish => ExclusiveOp::Finish,
             ZoneOp::FinishUnlimited => ExclusiveOp::FinishUnlimited,
             ZoneOp::Reset => ExclusiveOp::Reset,
             ZoneOp::SetReadOnly => ExclusiveOp::SetReadOnly,
             ZoneOp::SetOffline => ExclusiveOp::SetOffline,
             ZoneOp::SetNormal => ExclusiveOp::SetNormal,
-            ZoneOp::OpenZrwa | ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => {
-                return Err(libc_errno::EOPNOTSUPP);
+            ZoneOp::OpenZrwa => ExclusiveOp::OpenZrwa,
+            ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => {
+                return Err(Error::NotSupported("zone attributes"));
             }
         };
-        if let Some(permit) = self.engine.begin(zone, exclusive).map_err(|e| errno(&e))? {
+        if let Some(permit) = self.engine.begin(zone, exclusive).map_err(|e| failure(&e))? {
             if exclusive == ExclusiveOp::Reset {
                 let (start, end) = (
                     self.engine.geometry().start(zone),
@@ -286,6 +288,21 @@ impl Disk {
             self.engine.commit(permit, &());
         }
         Ok(())
+    }
+}
+
+/// What becomes of an operation: areas are known only by commands, which say what is wrong.
+fn failure(refused: &Refused) -> Error {
+    match refused {
+        Refused::Zone(
+            error @ (ZoneError::NoRandomWriteArea { .. }
+            | ZoneError::NotRandomWritable { .. }
+            | ZoneError::OutsideRandomWriteArea { .. }),
+        ) => (*error).into(),
+        refused => Error::Io {
+            op: "zone management",
+            errno: errno(refused),
+        },
     }
 }
 
@@ -305,7 +322,6 @@ mod libc_errno {
     pub const EIO: i32 = 5;
     pub const ENODEV: i32 = 19;
     pub const EOVERFLOW: i32 = 75;
-    pub const EOPNOTSUPP: i32 = 95;
     pub const ETOOMANYREFS: i32 = 109;
 }
 
@@ -383,10 +399,17 @@ impl Drive for FakeDrive {
             self.disk.travel().await;
             let done = self.disk.zone_op(zone, op);
             self.disk.travel().await;
-            done.map_err(|errno| Error::Io {
-                op: "zone management",
-                errno,
-            })
+            done
+        })
+    }
+
+    fn commit_zrwa<'a>(&'a self, end: u64) -> Request<'a, ()> {
+        Box::pin(async move {
+            self.disk.travel().await;
+            let committed = self.disk.engine.commit_zrwa(end, &());
+            let done = committed.map(|prefix| self.disk.engine.acknowledge(prefix, Ok(()), &()));
+            self.disk.travel().await;
+            done.map(drop).map_err(|refused| failure(&refused))
         })
     }
 
@@ -416,8 +439,12 @@ impl Drive for FakeDrive {
             self.disk.arrive(zone).await.map_err(io)?;
             let (at, done) = {
                 let _one_at_a_time = self.disk.placing.lock().unwrap_or_else(PoisonError::into_inner);
-                let at = self.disk.engine.info(zone).wp;
-                (at, self.disk.write(zone, at, &buf.to_vec()).map_err(io))
+                let info = self.disk.engine.info(zone);
+                let written = match info.attributes.zrwa {
+                    true => Err(io::Error::from_raw_os_error(libc_errno::EIO)),
+                    false => self.disk.write(zone, info.wp, &buf.to_vec()),
+                };
+                (info.wp, written.map_err(io))
             };
             self.disk.travel().await;
             done.map(|()| at)

@@ -1,9 +1,11 @@
 //! A zoned namespace that plays by the rules of the ZNS command set, in memory: naive, small, for tests.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use zbdkit_io::{IoBuf, LocalBoxFuture, NvmeCommand, NvmeCompletion, NvmeQueue, Storage, StorageOp};
+use zbdkit_io::{
+    IoBuf, LocalBoxFuture, NvmeCommand, NvmeCompletion, NvmeQueue, Storage, StorageOp, yield_now,
+};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::{AdminOpcode, Cns, Csi, IdentifyCdw10, IdentifyCdw11, IdentifyController};
 use zbdkit_spec::nvme::nvm::{self, RwCdw12};
@@ -28,10 +30,14 @@ pub const MAX_ACTIVE: u32 = 5;
 pub const MDTS: u8 = 4;
 /// Appends of at most 1 << this pages.
 pub const ZASL: u8 = 3;
-/// Blocks.
-const ZRWA_SIZE: u64 = 16;
-const ZRWA_GRANULARITY: u64 = 4;
-const EXTENSION: usize = 64;
+/// Blocks of a zone random write area.
+pub const ZRWA_SIZE: u64 = 16;
+/// Blocks that its commits are a multiple of.
+pub const ZRWA_GRANULARITY: u64 = 4;
+/// Zones that may have one.
+pub const AREAS: u32 = 2;
+/// Bytes of a descriptor extension.
+pub const EXTENSION: usize = 64;
 
 #[derive(Clone)]
 struct Zone {
@@ -47,11 +53,17 @@ struct State {
     flushes: u32,
     /// Commands that it is not ready for yet.
     not_ready: u32,
+    /// Writes and appends stay under way, done but not answered.
+    held: bool,
+    /// Writes and appends that are.
+    under_way: u32,
+    /// Writes and appends that broke a rule.
+    refused: u32,
 }
 
 /// The namespace, as the storage of a character device.
 pub struct Simulated {
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
 }
 
 impl Simulated {
@@ -64,32 +76,55 @@ impl Simulated {
             extension: None,
         };
         Arc::new(Simulated {
-            state: Mutex::new(State {
+            state: Arc::new(Mutex::new(State {
                 zones: (0..ZONES).map(zone).collect(),
                 data: vec![0; (ZONES * ZONE_SIZE * BLOCK) as usize],
                 flushes: 0,
                 not_ready: 0,
-            }),
+                held: false,
+                under_way: 0,
+                refused: 0,
+            })),
         })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
     }
 
     /// How many flushes there were.
     pub fn flushes(&self) -> u32 {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).flushes
+        self.state().flushes
     }
 
     /// The next I/O commands are answered with that the namespace is not ready.
     pub fn not_ready_for(&self, commands: u32) {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .not_ready = commands;
+        self.state().not_ready = commands;
+    }
+
+    /// Answers no write or append until it is told otherwise.
+    pub fn hold(&self, held: bool) {
+        self.state().held = held;
+    }
+
+    /// How many writes and appends are under way.
+    pub fn under_way(&self) -> u32 {
+        self.state().under_way
+    }
+
+    /// How many writes and appends broke a rule.
+    pub fn refused(&self) -> u32 {
+        self.state().refused
     }
 
     /// Puts a zone into a state that no command brings about.
     pub fn break_zone(&self, zone: usize, state: ZoneState) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).zones[zone].state = state;
+        self.state().zones[zone].state = state;
     }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Storage for Simulated {
@@ -106,7 +141,8 @@ impl Storage for Simulated {
     }
 
     fn nvme(&self, command: NvmeCommand, buf: IoBuf) -> LocalBoxFuture<'static, io::Result<NvmeCompletion>> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
+        let writes = [nvm::Opcode::WRITE.0, zns::Opcode::ZONE_APPEND.0].contains(&command.opcode);
         let answer = match command.queue {
             NvmeQueue::Admin => identify(&command, &buf),
             NvmeQueue::Io if state.not_ready > 0 => {
@@ -127,7 +163,19 @@ impl Storage for Simulated {
                 result: 0,
             },
         };
-        Box::pin(async move { Ok(completion) })
+        if !writes || command.queue == NvmeQueue::Admin {
+            return Box::pin(async move { Ok(completion) });
+        }
+        state.under_way += 1;
+        state.refused += u32::from(completion.status != 0);
+        let state = self.state.clone();
+        Box::pin(async move {
+            while lock(&state).held {
+                yield_now().await;
+            }
+            lock(&state).under_way -= 1;
+            Ok(completion)
+        })
     }
 }
 
@@ -153,7 +201,7 @@ fn identify(command: &NvmeCommand, buf: &IoBuf) -> Result<u64, Status> {
             namespace.mor_z.set(MAX_OPEN - 1);
             namespace.mar_z.set(MAX_ACTIVE - 1);
             namespace.ozcs.set(0b10);
-            namespace.numzrwa.set(2);
+            namespace.numzrwa.set(AREAS);
             namespace.zrwasz.set(ZRWA_SIZE as u16);
             namespace.zrwafg.set(ZRWA_GRANULARITY as u16);
             namespace.zrwacap = 1;
@@ -360,7 +408,7 @@ impl State {
                     if open {
                         return Err(Status::INVALID_ZONE_OPERATION);
                     }
-                    if self.zones.iter().filter(|zone| zone.zrwa).count() == 2 {
+                    if self.zones.iter().filter(|zone| zone.zrwa).count() == AREAS as usize {
                         return Err(Status::ZRWA_RESOURCES_UNAVAILABLE);
                     }
                 }

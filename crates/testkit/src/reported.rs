@@ -6,7 +6,8 @@ use std::path::Path;
 use std::process::Command;
 
 use zbdkit_block::Device;
-use zbdkit_zone::{Condition, Filter, ZoneInfo};
+use zbdkit_spec::nvme::zns;
+use zbdkit_zone::{Attributes, Condition, Filter, Recommendation, ZoneInfo};
 
 /// A zone as the tools print it. Bytes.
 #[derive(Debug, PartialEq, Eq)]
@@ -19,6 +20,8 @@ struct Line {
     wp: Option<u64>,
     condition: u8,
     kind: u8,
+    /// As a descriptor of ZNS has them (ZA); absent where the tool does not print them.
+    attributes: Option<u8>,
 }
 
 /// Compares the report of `device` with what the tool says of the drive at `path`.
@@ -39,6 +42,9 @@ pub fn same_zones(ours: &[ZoneInfo], path: &Path, block_size: u32) -> Result<(),
         let len = theirs.len.or(ours.len);
         (ours.len, ours.start, ours.capacity, ours.wp) == (len, theirs.start, theirs.capacity, theirs.wp)
             && (ours.condition, ours.kind) == (theirs.condition, theirs.kind)
+            && theirs
+                .attributes
+                .is_none_or(|theirs| ours.attributes == Some(theirs))
     };
     match ours
         .iter()
@@ -98,7 +104,18 @@ fn line(zone: &ZoneInfo) -> Line {
         wp: has_pointer(zone.condition as u8).then_some(zone.wp),
         condition: zone.condition as u8,
         kind: zone.kind as u8,
+        attributes: Some(bits(zone.attributes)),
     }
+}
+
+fn bits(attributes: Attributes) -> u8 {
+    zns::Attributes::new()
+        .with_zfc(attributes.finished_by_device)
+        .with_fzr(attributes.recommended == Some(Recommendation::Finish))
+        .with_rzr(attributes.recommended == Some(Recommendation::Reset))
+        .with_zrwav(attributes.zrwa)
+        .with_zdev(attributes.extension)
+        .into_bits()
 }
 
 /// Drivers show different pointers of full zones, and anything for those that have none.
@@ -133,6 +150,7 @@ fn blkzone(line: &str) -> Option<Line> {
             .flatten(),
         condition,
         kind: number("type:")?,
+        attributes: None,
     })
 }
 
@@ -149,6 +167,7 @@ fn nvme(line: &str, block_size: u64) -> Option<Line> {
     };
     let (start, wp, capacity) = (number("SLBA:")?, number("WP:")?, number("Cap:")?);
     let (state, kind) = (number("State:")?, number("Type:")?);
+    let attributes = number("Attrs:")?;
     let condition = u8::try_from(state >> 4).ok()?;
     Some(Line {
         start: start.checked_mul(block_size)?,
@@ -159,6 +178,7 @@ fn nvme(line: &str, block_size: u64) -> Option<Line> {
             .flatten(),
         condition,
         kind: u8::try_from(kind).ok()?,
+        attributes: Some(u8::try_from(attributes).ok()?),
     })
 }
 
@@ -182,6 +202,7 @@ fn scsi(answer: &[u8], block_size: u64) -> Option<Vec<Line>> {
             wp: has_pointer(condition).then(|| place(24)).flatten(),
             condition,
             kind: zone.first()? & 15,
+            attributes: None,
         })
     };
     answer.get(64..)?.chunks_exact(64).map(zone).collect()
@@ -203,7 +224,8 @@ mod tests {
                 capacity: 48 << 20,
                 wp: Some((128 << 20) + 4096),
                 condition: 2,
-                kind: 2
+                kind: 2,
+                attributes: None,
             })
         );
         let full = text.replace("zcond: 2(oi)", "zcond:14(fu)");
@@ -214,7 +236,7 @@ mod tests {
     #[test]
     fn a_line_of_nvme_is_understood() {
         let text =
-            "SLBA: 0x100      WP: 0x101      Cap: 0xc0       State: 0x20 Type: 0x2  Attrs: 0    AttrsInfo: 0";
+            "SLBA: 0x100      WP: 0x101      Cap: 0xc0       State: 0x20 Type: 0x2  Attrs: 0x8  AttrsInfo: 0";
         assert_eq!(
             nvme(text, 4096),
             Some(Line {
@@ -223,12 +245,13 @@ mod tests {
                 capacity: 768 << 10,
                 wp: Some((1 << 20) + 4096),
                 condition: 2,
-                kind: 2
+                kind: 2,
+                attributes: Some(8),
             })
         );
         assert_eq!(
             nvme(
-                "SLBA: 0 WP: 0xffffffffffffffff Cap: 0xc0 State: 0xe0 Type: 0x2",
+                "SLBA: 0 WP: 0xffffffffffffffff Cap: 0xc0 State: 0xe0 Type: 0x2 Attrs: 0",
                 512
             )
             .unwrap()
@@ -254,6 +277,7 @@ mod tests {
             wp: Some((8 << 20) + 4096),
             condition: 4,
             kind: 3,
+            attributes: None,
         };
         assert_eq!(zones, [expected]);
         assert_eq!(bytes("no digits"), None);

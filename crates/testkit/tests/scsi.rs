@@ -28,6 +28,7 @@ fn open() -> ScsiDrive {
         block_size: facts.logical_block_size,
         read_only: false,
         zones: facts.zones.expect("zones"),
+        zns: zbdkit_zone::Zns::NONE,
     };
     ScsiDrive::new(about, file)
 }

@@ -1,6 +1,6 @@
 //! vfio-user, the server side, for any device: protocol, guest memory and interrupts, and nothing of what the device is.
 //!
-//! A message is put together ([`stream`]), parsed whole ([`message`]) and only then acted on ([`session`]). The device is
+//! A message is put together ([`zbdkit_io::unix::Stream`]), parsed whole ([`message`]) and only then acted on ([`session`]). The device is
 //! behind a trait ([`Device`]); it reaches guest memory through [`Dma`] and signals through [`Interrupts`], both from any
 //! thread. Whatever a client sends costs it at most its own connection.
 //!
@@ -14,7 +14,6 @@ pub mod message;
 mod peer;
 mod server;
 pub mod session;
-pub mod stream;
 
 pub use device::{Device, Link, Mmap, Region, Stuck};
 pub use dma::{Dma, DmaError};

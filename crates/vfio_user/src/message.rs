@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 use zbdkit_io::mem::MAX_REGIONS;
-use zbdkit_io::unix::MAX_FDS;
+use zbdkit_io::unix::{Framing, MAX_FDS};
 use zbdkit_spec::vfio_user::{
     self as spec, DeviceInfo, DmaMap, DmaUnmap, HEADER_SIZE, Header, IrqInfo, IrqSet, RegionAccess,
     RegionInfo, RegionWriteOne, Version, capability, command, dma_map, dma_unmap, flag, irq_set,
@@ -20,15 +20,36 @@ pub const MAX_PAYLOAD: usize = MAX_DATA + 32;
 /// The page size of DMA regions, in bytes.
 const PAGE: u64 = 4096;
 
-/// A message as it came.
+/// A message as it came from the socket.
+pub type RawMessage = zbdkit_io::unix::RawMessage<Header>;
+
+/// Messages put together from a socket's bytes.
+pub type Stream = zbdkit_io::unix::Stream<VfioUser>;
+
+/// Why a connection ended.
+pub type StreamError = zbdkit_io::unix::StreamError<Malformed>;
+
+/// How the protocol frames its messages.
 #[derive(Debug)]
-pub struct RawMessage {
-    /// Its header, checked by [`check_header`].
-    pub header: Header,
-    /// Everything behind it.
-    pub payload: Vec<u8>,
-    /// What came with it.
-    pub fds: Vec<OwnedFd>,
+pub enum VfioUser {}
+
+impl Framing for VfioUser {
+    type Header = Header;
+    type Malformed = Malformed;
+
+    fn payload_len(header: &Header) -> Result<usize, Malformed> {
+        let size = header.message_size.get();
+        if (size as usize) < HEADER_SIZE {
+            return Err(Malformed::Short(size));
+        }
+        if size as usize > HEADER_SIZE + MAX_PAYLOAD {
+            return Err(Malformed::Long(size));
+        }
+        match header.flags.get() & flag::TYPE_MASK {
+            flag::COMMAND | flag::REPLY => Ok(size as usize - HEADER_SIZE),
+            other => Err(Malformed::Type(other)),
+        }
+    }
 }
 
 /// Why bytes are no message.
@@ -73,25 +94,6 @@ impl Malformed {
         }
     }
 }
-
-/// Whether a header can be a message's at all. If not, the stream is out of step.
-///
-/// # Errors
-/// A size or a type that no message has.
-pub fn check_header(header: &Header) -> Result<(), Malformed> {
-    let size = header.message_size.get();
-    if (size as usize) < HEADER_SIZE {
-        return Err(Malformed::Short(size));
-    }
-    if size as usize > HEADER_SIZE + MAX_PAYLOAD {
-        return Err(Malformed::Long(size));
-    }
-    match header.flags.get() & flag::TYPE_MASK {
-        flag::COMMAND | flag::REPLY => Ok(()),
-        other => Err(Malformed::Type(other)),
-    }
-}
-
 /// Whether a message is a reply to a command of ours.
 pub fn is_reply(header: &Header) -> bool {
     header.flags.get() & flag::TYPE_MASK == flag::REPLY
@@ -484,6 +486,34 @@ mod tests {
             payload: payload.to_vec(),
             fds: Vec::new(),
         }
+    }
+
+    #[test]
+    fn sizes_and_types_that_no_message_has_are_refused() {
+        let header = |size: u32, kind: u32| {
+            let mut header = Header::read_from_prefix(&message(7, 9, kind, 0, &[])).unwrap().0;
+            header.message_size = size.into();
+            header
+        };
+        let longest = (HEADER_SIZE + MAX_PAYLOAD) as u32;
+        for size in [HEADER_SIZE as u32, longest] {
+            let payload = VfioUser::payload_len(&header(size, flag::COMMAND));
+            assert_eq!(payload, Ok(size as usize - HEADER_SIZE));
+        }
+        for size in [0, HEADER_SIZE as u32 - 1] {
+            assert_eq!(
+                VfioUser::payload_len(&header(size, flag::COMMAND)),
+                Err(Malformed::Short(size))
+            );
+        }
+        for size in [longest + 1, u32::MAX] {
+            assert_eq!(
+                VfioUser::payload_len(&header(size, flag::REPLY)),
+                Err(Malformed::Long(size))
+            );
+        }
+        let typed = VfioUser::payload_len(&header(longest, 7));
+        assert_eq!(typed, Err(Malformed::Type(7)));
     }
 
     fn version(text: &[u8]) -> Result<Request, Malformed> {

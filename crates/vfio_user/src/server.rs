@@ -3,18 +3,14 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::io::Errno;
-use zbdkit_io::unix::{Listener, is_shortage, signal};
+use zbdkit_io::unix::{Awake, Knock, Listener, Progress, Reception, Stop};
 
 use crate::device::{Device, Stuck};
-use crate::message::{RawMessage, is_reply};
+use crate::message::{RawMessage, Stream, StreamError, is_reply};
 use crate::peer::PeerError;
 use crate::session::{CloseError, OpenError, Refused, Session};
-use crate::stream::{Progress, Stream, StreamError};
 
 /// How long what is in flight may keep memory that a client takes away. QEMU waits 5 s for an answer.
 const RELEASE_WITHIN: Duration = Duration::from_secs(3);
@@ -51,24 +47,32 @@ pub enum Event<'a> {
     Shortage(&'a io::Error),
 }
 
+impl<'a> Event<'a> {
+    fn of(knock: &Knock<'a>) -> Event<'a> {
+        match knock {
+            Knock::Waiting => Event::Waiting,
+            Knock::Shortage(error) => Event::Shortage(error),
+        }
+    }
+}
+
 /// A vfio-user server on a listening socket.
 #[derive(Debug)]
 pub struct Server {
-    listener: Listener,
-    stop: Arc<OwnedFd>,
+    reception: Reception,
     release_within: Duration,
 }
 
 /// Ends a running [`Server`], from any thread.
 #[derive(Debug, Clone)]
 pub struct ServerHandle {
-    stop: Arc<OwnedFd>,
+    stop: Stop,
 }
 
 impl ServerHandle {
     /// Lets [`Server::run`] stop accepting, bring the device to rest, and return.
     pub fn shutdown(&self) {
-        signal(&self.stop);
+        self.stop.stop();
     }
 }
 
@@ -78,10 +82,8 @@ impl Server {
     /// # Errors
     /// Out of file descriptors.
     pub fn new(listener: Listener) -> io::Result<Server> {
-        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Server {
-            listener,
-            stop: Arc::new(stop),
+            reception: Reception::new(listener)?,
             release_within: RELEASE_WITHIN,
         })
     }
@@ -99,7 +101,7 @@ impl Server {
     /// For other threads.
     pub fn handle(&self) -> ServerHandle {
         ServerHandle {
-            stop: self.stop.clone(),
+            stop: self.reception.stop().clone(),
         }
     }
 
@@ -109,20 +111,18 @@ impl Server {
     /// # Errors
     /// Where the socket fails, or where requests do not end in time.
     pub fn run<D: Device>(
-        self,
+        mut self,
         device: &mut D,
         mut on_event: impl FnMut(Event<'_>),
     ) -> Result<(), ServeError> {
-        let mut waiting = None;
         loop {
-            let client = match waiting.take() {
-                Some(client) => client,
-                None => match self.next_client(&mut on_event)? {
-                    Some(client) => client,
-                    None => return Ok(()),
-                },
+            let client = self
+                .reception
+                .next_client(&mut |knock| on_event(Event::of(&knock)))?;
+            let Some(client) = client else {
+                return Ok(());
             };
-            match self.serve(device, client, &mut waiting, &mut on_event) {
+            match self.serve(device, client, &mut on_event) {
                 Ok(()) => on_event(Event::Disconnected),
                 Err(Ended::Stopped) => return Ok(()),
                 Err(Ended::Closed(error)) => on_event(Event::Closed(&error)),
@@ -131,46 +131,11 @@ impl Server {
         }
     }
 
-    /// Waits for a client, or for the end.
-    fn next_client(&self, on_event: &mut dyn FnMut(Event<'_>)) -> Result<Option<OwnedFd>, ServeError> {
-        loop {
-            let mut fds = [
-                PollFd::new(&self.listener, PollFlags::IN),
-                PollFd::new(&self.stop, PollFlags::IN),
-            ];
-            match poll(&mut fds, None) {
-                Ok(_) => {}
-                Err(Errno::INTR) => continue,
-                Err(errno) => return Err(ServeError::Socket(errno.into())),
-            }
-            if !fds[1].revents().is_empty() {
-                return Ok(None);
-            }
-            if let Some(client) = self.accept(on_event)? {
-                return Ok(Some(client));
-            }
-        }
-    }
-
-    fn accept(&self, on_event: &mut dyn FnMut(Event<'_>)) -> Result<Option<OwnedFd>, ServeError> {
-        match self.listener.accept() {
-            Ok(client) => Ok(client),
-            Err(error) if is_shortage(&error) => {
-                on_event(Event::Shortage(&error));
-                // The connection stays in the backlog, and the socket readable.
-                std::thread::sleep(Duration::from_millis(100));
-                Ok(None)
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Serves one client until it goes. Another that connects meanwhile is put into `waiting`.
+    /// Serves one client until it goes.
     fn serve<D: Device>(
-        &self,
+        &mut self,
         device: &mut D,
         client: OwnedFd,
-        waiting: &mut Option<OwnedFd>,
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Ended> {
         let session = Session::open(device, self.release_within)?;
@@ -179,9 +144,9 @@ impl Server {
             stream: Stream::new(client).map_err(StreamError::from)?,
             backlog: VecDeque::new(),
             session,
-            server: self,
+            stop: self.reception.stop().clone(),
         };
-        let result = connection.converse(waiting, on_event);
+        let result = connection.converse(&mut self.reception, on_event);
         match connection.session.close() {
             Ok(()) => result,
             Err(CloseError::Stuck(stuck)) if matches!(result, Err(Ended::Stopped)) => {
@@ -204,7 +169,7 @@ enum Ended {
 
 #[derive(Debug, thiserror::Error)]
 enum Closed {
-    #[error(transparent)]
+    #[error("vfio-user socket: {0}")]
     Stream(#[from] StreamError),
     #[error(transparent)]
     Peer(#[from] PeerError),
@@ -243,58 +208,39 @@ struct Connection<'a, D: Device> {
     /// Commands that came while one was waiting.
     backlog: VecDeque<RawMessage>,
     session: Session<'a, D>,
-    server: &'a Server,
+    stop: Stop,
 }
 
 impl<D: Device> Connection<'_, D> {
     /// Answers messages until the client or the server goes.
     fn converse(
         &mut self,
-        waiting: &mut Option<OwnedFd>,
+        reception: &mut Reception,
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Ended> {
         loop {
-            let [socket, knocked] = self.wait(waiting.is_none())?;
-            if knocked && waiting.is_none() {
-                *waiting = self.server.accept(on_event).map_err(Ended::Fatal)?;
-                if waiting.is_some() {
-                    on_event(Event::Waiting);
-                }
-            }
+            let has_come = self.wait(reception, on_event)?;
             self.send_accesses()?;
-            if socket && !self.answer(on_event)? {
+            if has_come && !self.answer(on_event)? {
                 return Ok(());
             }
         }
     }
 
-    /// Waits for something to do. Returns whether that is at the client's socket, and at the listening one.
-    fn wait(&self, listen: bool) -> Result<[bool; 2], Ended> {
+    /// Waits for something to do. Whether that is at the client's socket.
+    fn wait(&self, reception: &mut Reception, on_event: &mut dyn FnMut(Event<'_>)) -> Result<bool, Ended> {
         let peer = self.session.dma().peer();
-        loop {
-            let timeout = peer
-                .deadline()
-                .map(|at| at.saturating_duration_since(Instant::now()));
-            if timeout.is_some_and(|left| left.is_zero()) {
-                return Err(PeerError::Silent.into());
-            }
-            let timeout = timeout.and_then(|left| Timespec::try_from(left).ok());
-            let listen = if listen { PollFlags::IN } else { PollFlags::empty() };
-            let mut fds = [
-                PollFd::new(&self.stream, PollFlags::IN),
-                PollFd::new(&self.server.listener, listen),
-                PollFd::new(&self.server.stop, PollFlags::IN),
-                PollFd::new(peer, PollFlags::IN),
-            ];
-            match poll(&mut fds, timeout.as_ref()) {
-                Ok(_) => {}
-                Err(Errno::INTR) => continue,
-                Err(errno) => return Err(Ended::Fatal(ServeError::Socket(errno.into()))),
-            }
-            if !fds[2].revents().is_empty() {
-                return Err(Ended::Stopped);
-            }
-            return Ok([0, 1].map(|i| !fds[i].revents().is_empty()));
+        let timeout = peer
+            .deadline()
+            .map(|at| at.saturating_duration_since(Instant::now()));
+        if timeout.is_some_and(|left| left.is_zero()) {
+            return Err(PeerError::Silent.into());
+        }
+        let fds = [self.stream.as_fd(), peer.as_fd()];
+        let awake = reception.wait(fds, timeout, &mut |knock| on_event(Event::of(&knock)));
+        match awake.map_err(|error| Ended::Fatal(error.into()))? {
+            Awake::Stopped => Err(Ended::Stopped),
+            Awake::Ready([has_come, _]) => Ok(has_come),
         }
     }
 
@@ -303,7 +249,7 @@ impl<D: Device> Connection<'_, D> {
         let peer = self.session.dma().peer();
         peer.heard();
         while let Some(bytes) = peer.next() {
-            self.stream.send(&bytes, None, self.server.stop.as_fd())?;
+            self.stream.send(&bytes, None, self.stop.as_fd())?;
         }
         Ok(())
     }
@@ -334,7 +280,7 @@ impl<D: Device> Connection<'_, D> {
             stream,
             backlog,
             session,
-            server,
+            stop,
         } = self;
         let mut pump = |dma: &crate::Dma| {
             while backlog.len() < MAX_BACKLOG {
@@ -355,7 +301,7 @@ impl<D: Device> Connection<'_, D> {
         }
         if let Some(reply) = outcome.reply {
             let fd = reply.fd.as_ref().map(|fd| fd.as_fd());
-            stream.send(&reply.bytes, fd, server.stop.as_fd())?;
+            stream.send(&reply.bytes, fd, stop.as_fd())?;
         }
         if outcome.ends {
             return Err(Ended::Closed(Closed::NoVersion));

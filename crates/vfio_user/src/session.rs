@@ -17,10 +17,9 @@ use crate::device::{Device, Link, Mmap, Region, Stuck};
 use crate::dma::{Dma, MapError};
 use crate::irq::{Interrupts, IrqKind};
 use crate::message::{
-    IrqAction, IrqData, Limits, Malformed, RawMessage, Request, SetIrqs, error_reply, reply,
+    IrqAction, IrqData, Limits, Malformed, RawMessage, Request, SetIrqs, StreamError, error_reply, reply,
 };
 use crate::peer::PeerError;
-use crate::stream::StreamError;
 
 /// How often replies of the client are looked for while memory is waited for.
 const LOOK_EVERY: Duration = Duration::from_millis(5);

@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Serialize, Serializer};
-use zbdkit_zone::{Condition, Counters, Geometry, GeometrySpec, Model, Zns, ZoneInfo, ZoneType, Zrwa};
+use zbdkit_zone::{
+    Attributes, Condition, Counters, Geometry, GeometrySpec, Model, Recommendation, Zns, ZoneInfo, ZoneType,
+    Zrwa,
+};
 
 /// The zones of a device.
 #[derive(Debug, Serialize)]
@@ -162,6 +165,40 @@ pub struct Zone {
     pub resets: u32,
     pub finishes: u32,
     pub bytes_written: u64,
+    pub attributes: ZoneAttributes,
+}
+
+/// What Zoned Namespaces tell of a zone.
+#[derive(Debug, Serialize)]
+pub struct ZoneAttributes {
+    /// The device made the zone full by itself.
+    pub finished_by_device: bool,
+    /// "finish" or "reset": what the device would have the host do.
+    pub recommended: Option<&'static str>,
+    /// The zone has a random write area.
+    pub zrwa: bool,
+    /// The zone has a descriptor extension.
+    pub extension: bool,
+}
+
+impl ZoneAttributes {
+    fn of(attributes: Attributes) -> ZoneAttributes {
+        let Attributes {
+            finished_by_device,
+            recommended,
+            zrwa,
+            extension,
+        } = attributes;
+        ZoneAttributes {
+            finished_by_device,
+            recommended: recommended.map(|what| match what {
+                Recommendation::Finish => "finish",
+                Recommendation::Reset => "reset",
+            }),
+            zrwa,
+            extension,
+        }
+    }
 }
 
 impl Zone {
@@ -187,6 +224,7 @@ impl Zone {
             resets,
             finishes,
             bytes_written,
+            attributes: ZoneAttributes::of(info.attributes),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Rules that need no engine: whoever keeps the state of a zone elsewhere, as a real drive does, asks them directly.
 
 use crate::error::ZoneError;
+use crate::geometry::Zrwa;
 use crate::types::{Condition, ZoneNo, ZoneType};
 
 /// What decides whether a sequential-required zone takes a write. Positions are absolute bytes.
@@ -41,6 +42,73 @@ impl Writable {
             });
         }
         Ok(offset)
+    }
+}
+
+impl Writable {
+    /// The same in a zone with a random write area, which begins at `wp`: anywhere in it, or in the region of its size behind
+    /// it. Nobody could tell where an append goes.
+    ///
+    /// # Errors
+    /// The first rule that it breaks: offline, read-only, full, an append, outside of the area, beyond the capacity.
+    pub fn place_in_area(&self, offset: Option<u64>, len: u64, area: Zrwa) -> Result<u64, ZoneError> {
+        let Writable { zone, wp, end, .. } = *self;
+        writable(zone, self.condition)?;
+        if self.condition == Condition::Full {
+            return Err(ZoneError::Full { zone });
+        }
+        let offset = offset.ok_or(ZoneError::RandomWriteArea { zone })?;
+        let reach = wp.saturating_add(area.size.saturating_mul(2));
+        let last = offset.saturating_add(len);
+        if offset < wp || last > reach {
+            return Err(ZoneError::OutsideRandomWriteArea {
+                zone,
+                offset,
+                len,
+                start: wp,
+                end: reach,
+            });
+        }
+        if last > end {
+            return Err(ZoneError::ExceedsCapacity {
+                zone,
+                offset,
+                len,
+                end,
+            });
+        }
+        Ok(offset)
+    }
+
+    /// That a commit can move the pointer to `to` in a zone with a random write area: in it or to its end, by whole granules of
+    /// the zone, which begins at `start`, or to the end of its writable bytes.
+    ///
+    /// # Errors
+    /// The first rule that it breaks: offline, read-only, full, outside of the area, not whole granules.
+    pub fn commits(&self, start: u64, to: u64, area: Zrwa) -> Result<(), ZoneError> {
+        let Writable { zone, wp, end, .. } = *self;
+        writable(zone, self.condition)?;
+        if self.condition == Condition::Full {
+            return Err(ZoneError::Full { zone });
+        }
+        let area_end = wp.saturating_add(area.size).min(end);
+        if to <= wp || to > area_end {
+            return Err(ZoneError::OutsideRandomWriteArea {
+                zone,
+                offset: to,
+                len: 0,
+                start: wp,
+                end: area_end,
+            });
+        }
+        if !(to - start).is_multiple_of(area.granularity) && to != end {
+            return Err(ZoneError::Unaligned {
+                offset: to,
+                len: 0,
+                granularity: u32::try_from(area.granularity).unwrap_or(u32::MAX),
+            });
+        }
+        Ok(())
     }
 }
 

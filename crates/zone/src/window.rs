@@ -12,7 +12,7 @@
 use crate::engine::{Engine, Locked, ZRWA};
 use crate::error::{Refused, ZoneError};
 use crate::permit::{Completion, Events, Order, Prefix, WritePermit};
-use crate::rules::writable;
+use crate::rules::{Writable, writable};
 use crate::types::{Condition, ZoneNo};
 
 impl Engine {
@@ -64,33 +64,18 @@ impl Engine {
     ) -> Result<WritePermit, Refused> {
         let zone = z.no;
         let condition = z.condition();
-        writable(zone, condition)?;
-        let (Some(offset), Some(area)) = (offset, self.geometry.zrwa()) else {
+        let Some(area) = self.geometry.zrwa() else {
             return Err(ZoneError::RandomWriteArea { zone }.into());
         };
         let start = self.geometry.start(zone);
+        let place = Writable {
+            zone,
+            condition,
+            wp: start + z.next,
+            end: start + self.geometry.capacity(zone),
+        };
+        let offset = place.place_in_area(offset, len, area)?;
         let (pointer, end) = (z.next, offset - start + len);
-        let reach = pointer + 2 * area.size;
-        if offset - start < pointer || end > reach {
-            return Err(ZoneError::OutsideRandomWriteArea {
-                zone,
-                offset,
-                len,
-                start: start + pointer,
-                end: start + reach,
-            }
-            .into());
-        }
-        let capacity = self.geometry.capacity(zone);
-        if end > capacity {
-            return Err(ZoneError::ExceedsCapacity {
-                zone,
-                offset,
-                len,
-                end: start + capacity,
-            }
-            .into());
-        }
         self.open_for_write(zone, condition)?;
         let pointer = match end.checked_sub(pointer + area.size) {
             // At most the write's own end, since an area is whole granules.
@@ -163,27 +148,14 @@ impl Engine {
             return Err(ZoneError::NotRandomWritable { zone }.into());
         };
         let start = self.geometry.start(zone);
-        let capacity = self.geometry.capacity(zone);
-        let area_end = (z.next + area.size).min(capacity);
+        let place = Writable {
+            zone,
+            condition,
+            wp: start + z.next,
+            end: start + self.geometry.capacity(zone),
+        };
+        place.commits(start, end, area)?;
         let to = end - start;
-        if to <= z.next || to > area_end {
-            return Err(ZoneError::OutsideRandomWriteArea {
-                zone,
-                offset: end,
-                len: 0,
-                start: start + z.next,
-                end: start + area_end,
-            }
-            .into());
-        }
-        if !to.is_multiple_of(area.granularity) && to != capacity {
-            return Err(ZoneError::Unaligned {
-                offset: end,
-                len: 0,
-                granularity: u32::try_from(area.granularity).unwrap_or(u32::MAX),
-            }
-            .into());
-        }
         self.open_for_write(zone, condition)?;
         z.next = to;
         z.refs += 1;

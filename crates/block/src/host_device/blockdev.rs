@@ -90,12 +90,11 @@ impl Drive for BlockDrive {
                 ZoneOp::Finish | ZoneOp::FinishUnlimited => ("zone finish", FINISH_ZONE),
                 ZoneOp::Reset => ("zone reset", RESET_ZONE),
                 ZoneOp::OpenZrwa => return Err(Error::NotSupported("a zone random write area")),
-                ZoneOp::SetReadOnly
-                | ZoneOp::SetOffline
-                | ZoneOp::SetNormal
-                | ZoneOp::FinishByDevice
-                | ZoneOp::Recommend(_) => {
+                ZoneOp::SetReadOnly | ZoneOp::SetOffline | ZoneOp::SetNormal => {
                     return Err(Error::NotSupported("setting a zone's condition"));
+                }
+                ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => {
+                    return Err(Error::NotSupported("setting a zone's attributes"));
                 }
             };
             self.manage(name, request, zone_start, len).await

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use zbdkit_io::{File, IoBuf};
-use zbdkit_zone::ZoneInfo;
+use zbdkit_zone::{Zns, ZoneInfo};
 
 use super::sysfs::ZoneFacts;
 use crate::error::Error;
@@ -22,6 +22,8 @@ pub struct DriveFacts {
     pub read_only: bool,
     /// Its zones.
     pub zones: ZoneFacts,
+    /// What only Zoned Namespaces have, where it can be had over this way to the drive.
+    pub zns: Zns,
 }
 
 /// A zoned drive.
@@ -58,5 +60,20 @@ pub trait Drive: Send + Sync {
     /// Appends `buf`, at most `max_append` bytes; the answer is the byte offset that it got.
     fn append<'a>(&'a self, _buf: IoBuf, _zone_start: u64) -> Request<'a, u64> {
         Box::pin(async { Err(Error::NotSupported("zone append")) })
+    }
+
+    /// See [`crate::Node::commit_zrwa`].
+    fn commit_zrwa<'a>(&'a self, _end: u64) -> Request<'a, ()> {
+        Box::pin(async { Err(Error::NotSupported("a zone random write area")) })
+    }
+
+    /// See [`crate::Node::set_extension`].
+    fn set_extension<'a>(&'a self, _zone_start: u64, _extension: &'a [u8]) -> Request<'a, ()> {
+        Box::pin(async { Err(Error::NotSupported("zone descriptor extensions")) })
+    }
+
+    /// See [`crate::Node::extension`].
+    fn extension<'a>(&'a self, _zone_start: u64) -> Request<'a, Option<Vec<u8>>> {
+        Box::pin(async { Err(Error::NotSupported("zone descriptor extensions")) })
     }
 }

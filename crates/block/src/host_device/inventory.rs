@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::scsi;
 use super::sysfs::{BlockFacts, Sysfs};
 
 /// A zoned drive that was found.
@@ -43,18 +44,22 @@ impl Listed {
 }
 
 impl Sysfs {
-    /// Every zoned drive of the machine, by name: block devices first.
+    /// Every zoned drive of the machine, by name: block devices first. SCSI disks whose zones the kernel does not show are
+    /// asked themselves, below `dev`, where they may be opened for reading.
     ///
     /// # Errors
     /// The list of block devices cannot be read.
-    pub fn zoned_drives(&self) -> io::Result<Vec<Listed>> {
+    pub fn zoned_drives(&self, dev: &Path) -> io::Result<Vec<Listed>> {
         let mut generics = self.nvme_generics();
         let mut found = Vec::new();
-        for block in self.disks()? {
+        for mut block in self.disks()? {
+            // What makes no sense is not shown.
+            let _ = scsi::ask(&dev.join(&block.name), &mut block);
             let generic = generic_of(&block.name);
             let at = generics.iter().position(|name| Some(name) == generic.as_ref());
             let generic = at.map(|at| generics.remove(at));
             let hidden = match block.zones {
+                Some(_) if block.zones_by_command => Some(Hidden::HostAware),
                 Some(_) => None,
                 None if self.is_host_aware(&block.name) => Some(Hidden::HostAware),
                 None => continue,
@@ -160,7 +165,9 @@ mod tests {
         }
 
         fn drives(&self) -> Vec<Told> {
-            let drives = Sysfs::new(self.0.path()).zoned_drives().unwrap();
+            let drives = Sysfs::new(self.0.path())
+                .zoned_drives(Path::new("/nonexistent"))
+                .unwrap();
             let told = drives
                 .into_iter()
                 .map(|drive| (drive.name().to_owned(), drive.model, drive.generic, drive.hidden));
@@ -230,6 +237,10 @@ mod tests {
     fn a_machine_without_zoned_drives_has_none() {
         assert_eq!(Machine::new().drives(), []);
         let nothing = tempfile::tempdir().unwrap();
-        assert!(Sysfs::new(nothing.path()).zoned_drives().is_err());
+        assert!(
+            Sysfs::new(nothing.path())
+                .zoned_drives(Path::new("/nonexistent"))
+                .is_err()
+        );
     }
 }

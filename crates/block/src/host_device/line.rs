@@ -14,10 +14,14 @@
 //!   dragged along, but what was to continue the failed write is not at the pointer any more.
 //! - Where the drive places appends itself ([`Drive::append`]) these do not take turns: any number is under way, and a
 //!   write or an operation waits until they are over.
+//! - Writes to a zone with a random write area take no turns either. They are in no order, so they go as they are and the
+//!   drive holds its rules against them; where it moves the pointer is not followed. One that fails makes the zone be reported
+//!   before the next, since it may have lost its area: to a reset or a finish, or because it is full.
 //!
 //! A line is as long as callers have requests under way; a merged write is at most [`MAX_RUN`] bytes. No lock is held
 //! across I/O or an await.
 
+mod aside;
 mod turn;
 
 use std::cell::RefCell;
@@ -31,6 +35,7 @@ use rustix::io::Errno;
 use zbdkit_io::{IoBuf, spawn};
 use zbdkit_zone::{Condition, ZoneError, ZoneInfo, ZoneNo, ZoneType};
 
+use self::aside::Aside;
 use super::drive::Drive;
 use crate::error::Error;
 use crate::node::{Lane, Work};
@@ -60,11 +65,13 @@ struct Line {
     /// The pointer and the condition as far as is known, which they are if `known`.
     wp: u64,
     condition: Condition,
+    /// The zone has a random write area. The pointer is not kept while it has.
+    area: bool,
     known: bool,
     /// Somebody has the turn.
     busy: bool,
-    /// Appends under way that the drive places.
-    appends: u32,
+    /// Requests under way that took no turn ([`Line::goes_aside`]).
+    aside: u32,
     waiting: VecDeque<Entry>,
 }
 
@@ -73,6 +80,11 @@ struct Entry {
     wants: Wants,
     /// Whose thread it is.
     thread: u32,
+    caller: Caller,
+}
+
+/// Who waits for the end of a request.
+struct Caller {
     ticket: Arc<Ticket>,
     /// The lane is not quiet before this is over.
     _work: Option<Work>,
@@ -165,22 +177,33 @@ impl Zone {
 
 impl Line {
     /// Who is to be called: the first in line, if the turn is to be had.
-    fn next(&self, appends_take_no_turn: bool) -> Option<Arc<Ticket>> {
+    fn next(&self, drive_places: bool) -> Option<Arc<Ticket>> {
         let first = self.waiting.front()?;
-        let may = self.appends == 0 || (appends_take_no_turn && first.wants.is_append());
-        (!self.busy && may).then(|| first.ticket.clone())
+        let may = self.aside == 0 || self.goes_aside(&first.wants, drive_places);
+        (!self.busy && may).then(|| first.caller.ticket.clone())
+    }
+
+    /// Whether it takes no turn but goes to the drive beside others; `drive_places` appends ([`Drive::has_append`]).
+    fn goes_aside(&self, wants: &Wants, drive_places: bool) -> bool {
+        match wants {
+            Wants::Write { offset: None, .. } => drive_places,
+            Wants::Write { offset: Some(_), .. } => self.known && self.area,
+            Wants::Turn => false,
+        }
+    }
+
+    /// The zone is as reported.
+    fn learn(&mut self, info: &ZoneInfo) {
+        self.wp = info.wp;
+        self.condition = info.condition;
+        self.area = info.attributes.zrwa;
+        self.known = true;
     }
 }
 
-impl Wants {
-    fn is_append(&self) -> bool {
-        matches!(self, Wants::Write { offset: None, .. })
-    }
-}
-
-impl Drop for Entry {
+impl Drop for Caller {
     fn drop(&mut self) {
-        // Whoever leaves the line without an answer was cut off together with its thread.
+        // Whoever is left without an answer was cut off together with its thread.
         self.ticket.end(Err(Error::Io {
             op: "waiting for an earlier write of the zone",
             errno: Errno::CANCELED.raw_os_error(),
@@ -199,9 +222,10 @@ impl Lines {
             line: Mutex::new(Line {
                 wp: info.wp,
                 condition: info.condition,
+                area: info.attributes.zrwa,
                 known: true,
                 busy: false,
-                appends: 0,
+                aside: 0,
                 waiting: VecDeque::new(),
             }),
         });
@@ -236,8 +260,18 @@ impl Lines {
         buf: IoBuf,
     ) -> Result<u64, Error> {
         let len = buf.len() as u64;
-        let buf = put(buf);
-        let mut place = Place::join(self, zone, Wants::Write { offset, len, buf }, Some(lane.work()));
+        let work = Some(lane.work());
+        let mut place = match Aside::begin(self, zone, offset) {
+            Some(aside) => {
+                let place = Place::beside(self, zone);
+                aside.start(place.caller(work), offset, buf);
+                place
+            }
+            None => {
+                let buf = put(buf);
+                Place::join(self, zone, Wants::Write { offset, len, buf }, work)
+            }
+        };
         poll_fn(|cx| {
             if let Some(result) = place.result(cx.waker()) {
                 return Poll::Ready(result);
@@ -304,7 +338,7 @@ impl Lines {
     }
 }
 
-/// A place in line; who drops it leaves the line. I/O that has begun goes on all the same.
+/// A place in line, or one beside it, for a request that is under way; who drops it leaves the line. I/O that has begun goes on all the same.
 struct Place<'a> {
     lines: &'a Arc<Lines>,
     zone: ZoneNo,
@@ -314,18 +348,29 @@ struct Place<'a> {
 
 impl<'a> Place<'a> {
     fn join(lines: &'a Arc<Lines>, zone: ZoneNo, wants: Wants, work: Option<Work>) -> Place<'a> {
-        let ticket = Arc::new(Ticket::default());
+        let mut place = Place::beside(lines, zone);
+        place.left = false;
         lines.zone(zone).line().waiting.push_back(Entry {
             wants,
             thread: this_thread(),
-            ticket: ticket.clone(),
-            _work: work,
+            caller: place.caller(work),
         });
+        place
+    }
+
+    fn beside(lines: &'a Arc<Lines>, zone: ZoneNo) -> Place<'a> {
         Place {
             lines,
             zone,
-            ticket,
-            left: false,
+            ticket: Arc::default(),
+            left: true,
+        }
+    }
+
+    fn caller(&self, work: Option<Work>) -> Caller {
+        Caller {
+            ticket: self.ticket.clone(),
+            _work: work,
         }
     }
 
@@ -349,6 +394,9 @@ impl<'a> Place<'a> {
 
     /// Takes the turn if it is ours; `leave` the line with it.
     fn take_turn(&mut self, leave: bool) -> bool {
+        if self.left {
+            return false;
+        }
         let mut line = self.lines.zone(self.zone).line();
         let next = line.next(self.lines.drive.has_append());
         let ours = next.is_some_and(|next| Arc::ptr_eq(&next, &self.ticket));
@@ -374,7 +422,7 @@ impl Drop for Place<'_> {
         let at = line
             .waiting
             .iter()
-            .position(|entry| Arc::ptr_eq(&entry.ticket, &self.ticket));
+            .position(|entry| Arc::ptr_eq(&entry.caller.ticket, &self.ticket));
         let entry = at.and_then(|at| line.waiting.remove(at));
         let next = line.next(self.lines.drive.has_append());
         drop(line);

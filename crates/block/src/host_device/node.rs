@@ -4,7 +4,7 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use zbdkit_io::{File, IoBuf};
-use zbdkit_zone::rules::{Appends, blocks};
+use zbdkit_zone::rules::{Appends, Writable, blocks};
 use zbdkit_zone::{Condition, Filter, Geometry, GeometrySpec, Zns, ZoneError, ZoneInfo, ZoneNo, ZoneType};
 
 use super::drive::Drive;
@@ -43,7 +43,7 @@ impl HostDeviceNode {
         let nr_conventional = conventional.count() as u32;
         let sequential = zones.get(nr_conventional as usize);
         let limits = &facts.zones;
-        let geometry = Geometry::new(GeometrySpec {
+        let spec = GeometrySpec {
             model: limits.model,
             size: facts.size,
             zone_size: limits.zone_size,
@@ -61,7 +61,18 @@ impl HostDeviceNode {
                 0 => crate::create::default_append(limits.zone_size),
                 max => max,
             },
-            zns: Zns::NONE,
+            zns: facts.zns,
+        };
+        // A drive whose areas make no sense is of use without them.
+        let geometry = Geometry::new(spec).or_else(|error| match spec.zns.zrwa {
+            Some(_) => Geometry::new(GeometrySpec {
+                zns: Zns {
+                    zrwa: None,
+                    ..spec.zns
+                },
+                ..spec
+            }),
+            None => Err(error),
         });
         let geometry = geometry.map_err(|error| OpenError::data(path, error.to_string()))?;
         if zones.len() != geometry.nr_zones() as usize {
@@ -143,7 +154,7 @@ impl HostDeviceNode {
         if let Some(turn) = &turn {
             match (&result, op) {
                 (Ok(()), ZoneOp::Reset) => turn.became(Condition::Empty),
-                (Ok(()), ZoneOp::Finish) => turn.became(Condition::Full),
+                (Ok(()), ZoneOp::Finish | ZoneOp::FinishUnlimited) => turn.became(Condition::Full),
                 _ => turn.forget(),
             }
         }
@@ -174,6 +185,71 @@ impl HostDeviceNode {
                 Err(ZoneError::InvalidTransition { zone, condition }.into())
             }
             _ => Err(failure),
+        }
+    }
+
+    /// The pointer moves over the writes that came before.
+    async fn commit(&self, end: u64) -> Result<(), Error> {
+        // The end of one zone is the start of the next.
+        let last = end.checked_sub(u64::from(self.limits.block_size));
+        let last = last
+            .filter(|last| *last < self.limits.size)
+            .ok_or(Error::OutOfRange {
+                offset: end,
+                len: 0,
+                size: self.limits.size,
+            })?;
+        blocks(end, u64::from(self.limits.block_size), self.limits.block_size)?;
+        let zone = self.geometry.zone_of(last);
+        self.is_sequential(zone)?;
+        let turn = self.lines.turn(zone).await;
+        let result = self.drive.commit_zrwa(end).await;
+        // It may be full now, and have lost its area.
+        turn.forget();
+        match result {
+            Err(Error::Io { op, errno }) => match self.misses_area(zone, end).await {
+                Some(rule) => Err(rule.into()),
+                None => Err(self.reason(op, errno, zone, true).await),
+            },
+            result => result,
+        }
+    }
+
+    /// The rule that a commit breaks, where a drive only says that something is wrong.
+    async fn misses_area(&self, zone: ZoneNo, end: u64) -> Option<ZoneError> {
+        let info = self.lines.report(zone).await.ok()?;
+        let place = Writable {
+            zone,
+            condition: info.condition,
+            wp: info.wp,
+            end: info.start + info.capacity,
+        };
+        match self.geometry.zrwa().filter(|_| info.attributes.zrwa) {
+            Some(area) => place.commits(info.start, end, area).err(),
+            None => match info.condition {
+                Condition::ReadOnly | Condition::Offline => None,
+                _ => Some(ZoneError::NotRandomWritable { zone }),
+            },
+        }
+    }
+
+    fn is_sequential(&self, zone: ZoneNo) -> Result<(), ZoneError> {
+        match self.lines.kind(zone) {
+            ZoneType::SequentialRequired => Ok(()),
+            ZoneType::SequentialPreferred => Err(ZoneError::NotSequentialRequired { zone }),
+            ZoneType::Conventional => Err(ZoneError::Conventional { zone }),
+        }
+    }
+
+    async fn attach_extension(&self, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
+        let zone = self.geometry.zone_at(zone_start)?;
+        self.is_sequential(zone)?;
+        let turn = self.lines.turn(zone).await;
+        let result = self.drive.set_extension(zone_start, extension).await;
+        turn.forget();
+        match result {
+            Err(Error::Io { op, errno }) => Err(self.reason(op, errno, zone, true).await),
+            result => result,
         }
     }
 
@@ -335,6 +411,21 @@ impl Node for HostDeviceNode {
 
     fn zone_op<'a>(&'a self, op: ZoneOp, zone_start: u64) -> Request<'a, ()> {
         Box::pin(self.manage(op, zone_start))
+    }
+
+    fn commit_zrwa<'a>(&'a self, end: u64) -> Request<'a, ()> {
+        Box::pin(self.commit(end))
+    }
+
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
+        Box::pin(self.attach_extension(zone_start, extension))
+    }
+
+    fn extension<'a>(&'a self, zone_start: u64) -> Request<'a, Option<Vec<u8>>> {
+        Box::pin(async move {
+            self.geometry.zone_at(zone_start)?;
+            self.drive.extension(zone_start).await
+        })
     }
 
     fn reset_all<'a>(&'a self) -> Request<'a, ()> {

@@ -1,13 +1,13 @@
 //! Opening a block device: what is refused, and in which words.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use zbdkit_io::File;
+use zbdkit_zone::Zns;
 
 use super::blockdev::BlockDrive;
 use super::drive::{Drive, DriveFacts};
@@ -43,12 +43,7 @@ pub fn block_facts(host: &dyn Host, path: &Path) -> io::Result<Option<BlockFacts
         return Ok(None);
     };
     let mut facts = Sysfs::default().device(number)?;
-    if scsi::may_hide_zones(&facts)
-        && let Ok(disk) = std::fs::File::open(path)
-    {
-        facts.zones = scsi::zone_facts(disk.as_fd(), &facts)?;
-        facts.zones_by_command = facts.zones.is_some();
-    }
+    scsi::ask(path, &mut facts)?;
     Ok(Some(facts))
 }
 
@@ -87,6 +82,8 @@ impl HostDevice {
             block_size: facts.logical_block_size,
             read_only: self.read_only,
             zones,
+            // The kernel's block layer does not know them.
+            zns: Zns::NONE,
         };
         let drive: Arc<dyn Drive> = match facts.zones_by_command {
             true => Arc::new(ScsiDrive::new(about, file)),

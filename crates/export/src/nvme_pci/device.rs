@@ -36,14 +36,15 @@ pub(super) struct Function {
 }
 
 impl Function {
+    /// `controller` has what its user chooses; what is this transport's is added here.
     pub(super) fn new(
         subsystem: Arc<Subsystem>,
-        io_queues: u16,
+        controller: ControllerOptions,
         workers: Vec<WorkerThread>,
         drain_within: Duration,
     ) -> Function {
         // Registers, doorbells, MSI-X table and pending bits, each with pages of its own.
-        let vectors = io_queues + 1;
+        let vectors = controller.io_queues + 1;
         let table = (u64::from(vectors) * 16).next_multiple_of(PAGE);
         let layout = Layout {
             bar_size: (2 * PAGE + table + PAGE).next_power_of_two(),
@@ -69,15 +70,13 @@ impl Function {
         Function {
             subsystem,
             options: ControllerOptions {
-                io_queues,
                 queue_entries: 4096,
                 max_page: 4,
-                max_transfer: 8,
                 // SGLs of any alignment.
                 sgls: 1,
                 doorbell_buffers: true,
                 pci_vendor: [VENDOR_ID; 2],
-                ..ControllerOptions::default()
+                ..controller
             },
             regions,
             irqs,

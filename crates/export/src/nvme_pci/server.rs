@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use zbdkit_io::unix::ListenError;
 use zbdkit_io::{BackendKind, RuntimeOptions};
-use zbdkit_nvme::Subsystem;
+use zbdkit_nvme::{ControllerOptions, Subsystem};
 use zbdkit_vfio_user::Event;
 
 use super::device::{Function, MAX_IO_QUEUES};
@@ -32,6 +32,8 @@ pub struct ServeOptions {
     pub busy_poll: Duration,
     /// Which way I/O goes.
     pub backend: zbdkit_io::Backend,
+    /// Most data of a command, as a power of two of 4096 bytes (MDTS), 1 to 12.
+    pub max_transfer: u8,
     /// How long requests in flight may keep a client from being let go, or the controller from being reset.
     pub drain_within: Duration,
 }
@@ -48,6 +50,7 @@ impl ServeOptions {
             threads: 1,
             busy_poll,
             backend,
+            max_transfer: ControllerOptions::default().max_transfer,
             drain_within: Duration::from_secs(30),
         }
     }
@@ -94,6 +97,7 @@ impl Server {
             threads,
             busy_poll,
             backend,
+            max_transfer,
             drain_within,
         } = options;
         if io_queues == 0 || io_queues > MAX_IO_QUEUES {
@@ -119,9 +123,14 @@ impl Server {
             workers.push(worker);
             io = kind;
         }
+        let controller = ControllerOptions {
+            io_queues,
+            max_transfer,
+            ..ControllerOptions::default()
+        };
         Ok(Server {
             server,
-            function: Function::new(subsystem, io_queues, workers, drain_within),
+            function: Function::new(subsystem, controller, workers, drain_within),
             io,
         })
     }

@@ -6,19 +6,43 @@
 
 use std::os::fd::OwnedFd;
 
+use zbdkit_io::unix::{Framing, MAX_FDS};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::wire::{self, Header, MemoryRegion, VringAddr, VringState, code};
 
-/// A message as it came from the socket: a header with its payload, and what was attached to it.
+/// A message as it came from the socket.
+pub type RawMessage = zbdkit_io::unix::RawMessage<Header>;
+
+/// Messages put together from a socket's bytes.
+pub type Stream = zbdkit_io::unix::Stream<VhostUser>;
+
+/// Why a connection ended.
+pub type StreamError = zbdkit_io::unix::StreamError<Malformed>;
+
+// A memory table has the most descriptors.
+const _: () = assert!(wire::MAX_TABLE_REGIONS == MAX_FDS);
+
+/// How the protocol frames its messages.
 #[derive(Debug)]
-pub struct RawMessage {
-    /// The header; `size` is the length of `payload`.
-    pub header: Header,
-    /// The payload.
-    pub payload: Vec<u8>,
-    /// File descriptors of this message.
-    pub fds: Vec<OwnedFd>,
+pub enum VhostUser {}
+
+impl Framing for VhostUser {
+    type Header = Header;
+    type Malformed = Malformed;
+
+    fn payload_len(header: &Header) -> Result<usize, Malformed> {
+        if header.flags & wire::VERSION_MASK != wire::VERSION {
+            return Err(Malformed::Version(header.flags & wire::VERSION_MASK));
+        }
+        if header.size as usize > wire::MAX_PAYLOAD {
+            return Err(Malformed::TooLong {
+                code: header.code,
+                size: header.size,
+            });
+        }
+        Ok(header.size as usize)
+    }
 }
 
 /// A request of the front-end.
@@ -86,23 +110,6 @@ pub enum Malformed {
 }
 
 impl Header {
-    /// Checks what must hold before the payload is read. A failure means that the stream is lost.
-    ///
-    /// # Errors
-    /// `Version` and `TooLong`.
-    pub fn check(&self) -> Result<(), Malformed> {
-        if self.flags & wire::VERSION_MASK != wire::VERSION {
-            return Err(Malformed::Version(self.flags & wire::VERSION_MASK));
-        }
-        if self.size as usize > wire::MAX_PAYLOAD {
-            return Err(Malformed::TooLong {
-                code: self.code,
-                size: self.size,
-            });
-        }
-        Ok(())
-    }
-
     /// Whether the sender asks for an acknowledgement.
     pub fn wants_ack(&self) -> bool {
         self.flags & wire::FLAG_NEED_REPLY != 0
@@ -384,12 +391,18 @@ mod tests {
             flags: 1,
             size: 8,
         };
-        assert_eq!(good.check(), Ok(()));
-        assert_eq!(Header { flags: 2, ..good }.check(), Err(Malformed::Version(2)));
-        assert_eq!(Header { flags: 0, ..good }.check(), Err(Malformed::Version(0)));
+        assert_eq!(VhostUser::payload_len(&good), Ok(good.size as usize));
+        assert_eq!(
+            VhostUser::payload_len(&Header { flags: 2, ..good }),
+            Err(Malformed::Version(2))
+        );
+        assert_eq!(
+            VhostUser::payload_len(&Header { flags: 0, ..good }),
+            Err(Malformed::Version(0))
+        );
         let size = wire::MAX_PAYLOAD as u32 + 1;
         assert_eq!(
-            Header { size, ..good }.check(),
+            VhostUser::payload_len(&Header { size, ..good }),
             Err(Malformed::TooLong { code: 1, size })
         );
     }

@@ -5,8 +5,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::io::Errno;
 use zbdkit_block::Device;
 use zbdkit_io::{BackendKind, RuntimeOptions};
 
@@ -17,9 +15,9 @@ use super::thread::{Control, QueueThread};
 use crate::log_limit::{LogLimit, limited_warn};
 use crate::socket::Socket;
 use crate::vhost_user::backend::{Backend, ConfigReadOnly, FeatureError, RingSetup, Stuck};
+use crate::vhost_user::message::{Stream, StreamError};
 use crate::vhost_user::session::{Refused, Session};
-use crate::vhost_user::stream::{Progress, Stream, StreamError};
-use zbdkit_io::unix::{ListenError, Listener, is_shortage};
+use zbdkit_io::unix::{Awake, Knock, ListenError, Progress, Reception, Stop};
 
 /// Queues that the protocol's index byte can name.
 const MAX_QUEUES: u16 = 256;
@@ -108,9 +106,8 @@ pub enum ServeError {
 
 /// A device that waits for front-ends.
 pub struct Server {
-    listener: Listener,
+    reception: Reception,
     blk: Blk,
-    stop: Arc<OwnedFd>,
     release_within: Duration,
     /// How the queues do their I/O.
     io: BackendKind,
@@ -119,15 +116,14 @@ pub struct Server {
 /// What other threads can do with a running [`Server`]: end it, and look at its counts.
 #[derive(Debug, Clone)]
 pub struct ServerHandle {
-    stop: Arc<OwnedFd>,
+    stop: Stop,
     queues: Arc<[Arc<Control>]>,
 }
 
 impl ServerHandle {
     /// Lets [`Server::run`] stop accepting, bring its queues to rest, and return.
     pub fn shutdown(&self) {
-        // A counter that is full is set as well.
-        let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+        self.stop.stop();
     }
 
     /// Counts since the start, over all queues.
@@ -167,9 +163,7 @@ impl Server {
             });
         }
         let model = Arc::new(Model::new(device.limits(), queues, queue_size, &serial)?);
-        let listener = socket.listen()?;
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let stop = Arc::new(eventfd(0, flags).map_err(|errno| BindError::Threads(errno.into()))?);
+        let reception = Reception::new(socket.listen()?).map_err(BindError::Threads)?;
         let mut threads = Vec::with_capacity(queues.into());
         let mut io = BackendKind::IoUring;
         for index in 0..queues {
@@ -193,9 +187,8 @@ impl Server {
             drain_within,
         };
         Ok(Server {
-            listener,
+            reception,
             blk,
-            stop,
             release_within: drain_within,
             io,
         })
@@ -210,7 +203,7 @@ impl Server {
             .map(|thread| thread.control().clone())
             .collect();
         ServerHandle {
-            stop: self.stop.clone(),
+            stop: self.reception.stop().clone(),
             queues,
         }
     }
@@ -226,17 +219,12 @@ impl Server {
     /// # Errors
     /// Where the socket fails, or where requests do not end in time.
     pub fn run(mut self) -> Result<(), ServeError> {
-        let mut waiting = None;
         loop {
-            let client = match waiting.take() {
-                Some(client) => client,
-                None => match self.next_client()? {
-                    Some(client) => client,
-                    None => return self.at_rest(),
-                },
+            let Some(client) = self.reception.next_client(&mut log_knock)? else {
+                return self.at_rest();
             };
             tracing::info!("a front-end connected");
-            match self.serve(client, &mut waiting) {
+            match self.serve(client) {
                 Ok(()) => tracing::info!("the front-end disconnected"),
                 Err(Ended::Stopped) => return self.at_rest(),
                 Err(Ended::Failed(error)) => {
@@ -256,34 +244,11 @@ impl Server {
         Ok(())
     }
 
-    /// Waits for a front-end, or for the end.
-    fn next_client(&self) -> Result<Option<OwnedFd>, ServeError> {
-        loop {
-            let mut fds = [
-                PollFd::new(&self.listener, PollFlags::IN),
-                PollFd::new(&*self.stop, PollFlags::IN),
-            ];
-            match poll(&mut fds, None) {
-                Ok(_) => {}
-                Err(Errno::INTR) => continue,
-                Err(errno) => return Err(ServeError::Socket(errno.into())),
-            }
-            if !fds[1].revents().is_empty() {
-                return Ok(None);
-            }
-            match self.listener.accept() {
-                Ok(Some(client)) => return Ok(Some(client)),
-                Ok(None) => {}
-                Err(error) => pause_for(&error)?,
-            }
-        }
-    }
-
-    /// Serves one front-end until it goes. Another that connects meanwhile is put into `waiting`.
-    fn serve(&mut self, client: OwnedFd, waiting: &mut Option<OwnedFd>) -> Result<(), Ended> {
+    /// Serves one front-end until it goes.
+    fn serve(&mut self, client: OwnedFd) -> Result<(), Ended> {
         let mut stream = Stream::new(client).map_err(|error| Ended::Failed(Failure::Stream(error.into())))?;
         let mut session = Session::new(&mut self.blk, self.release_within);
-        let result = converse(&mut stream, &mut session, &self.listener, &self.stop, waiting);
+        let result = converse(&mut stream, &mut session, &mut self.reception);
         match session.close() {
             Ok(()) => result,
             Err(Refused::Stuck(stuck)) if matches!(result, Err(Ended::Stopped)) => {
@@ -306,7 +271,7 @@ enum Ended {
 
 #[derive(Debug, thiserror::Error)]
 enum Failure {
-    #[error(transparent)]
+    #[error("vhost-user socket: {0}")]
     Stream(#[from] StreamError),
     #[error(transparent)]
     Refused(#[from] Refused),
@@ -325,44 +290,15 @@ impl From<StreamError> for Ended {
 fn converse(
     stream: &mut Stream,
     session: &mut Session<'_, Blk>,
-    listener: &Listener,
-    stop: &OwnedFd,
-    waiting: &mut Option<OwnedFd>,
+    reception: &mut Reception,
 ) -> Result<(), Ended> {
+    let stop = reception.stop().clone();
     loop {
-        let listener_flags = if waiting.is_none() {
-            PollFlags::IN
-        } else {
-            PollFlags::empty()
-        };
-        let mut fds = [
-            PollFd::new(&*stream, PollFlags::IN),
-            PollFd::new(stop, PollFlags::IN),
-            PollFd::new(listener, listener_flags),
-        ];
-        match poll(&mut fds, None) {
-            Ok(_) => {}
-            Err(Errno::INTR) => continue,
-            Err(errno) => return Err(Ended::Fatal(ServeError::Socket(errno.into()))),
-        }
-        let [socket, stopped, knocked] = [0, 1, 2].map(|i| !fds[i].revents().is_empty());
-        if stopped {
-            return Err(Ended::Stopped);
-        }
-        if knocked && waiting.is_none() {
-            match listener.accept() {
-                Ok(client) => *waiting = client,
-                Err(error) => pause_for(&error).map_err(Ended::Fatal)?,
-            }
-            if waiting.is_some() {
-                limited_warn!(
-                    CONNECTIONS,
-                    "another front-end waits until the present one disconnects"
-                );
-            }
-        }
-        if !socket {
-            continue;
+        let awake = reception.wait([stream.as_fd()], None, &mut log_knock);
+        match awake.map_err(|error| Ended::Fatal(error.into()))? {
+            Awake::Stopped => return Err(Ended::Stopped),
+            Awake::Ready([false]) => continue,
+            Awake::Ready([true]) => {}
         }
         match stream.advance()? {
             Progress::Idle => {}
@@ -374,24 +310,21 @@ fn converse(
                     })
                     .map_err(|refused| Ended::Failed(refused.into()))?;
                 if let Some(reply) = reply {
-                    stream.send(&reply, stop.as_fd())?;
+                    stream.send(&reply, None, stop.as_fd())?;
                 }
             }
         }
     }
 }
 
-/// Out of descriptors or memory: connections wait in the backlog until there are some again.
-fn pause_for(error: &io::Error) -> Result<(), ServeError> {
-    if !is_shortage(error) {
-        return Err(ServeError::Socket(io::Error::new(
-            error.kind(),
-            error.to_string(),
-        )));
+fn log_knock(knock: Knock<'_>) {
+    match knock {
+        Knock::Waiting => limited_warn!(
+            CONNECTIONS,
+            "another front-end waits until the present one disconnects"
+        ),
+        Knock::Shortage(error) => limited_warn!(CONNECTIONS, "cannot accept a connection: {error}"),
     }
-    limited_warn!(CONNECTIONS, "cannot accept a connection: {error}");
-    std::thread::sleep(Duration::from_millis(100));
-    Ok(())
 }
 
 /// The device behind the protocol.

@@ -1,7 +1,9 @@
-//! What the protocol servers need of unix sockets and eventfds: listening with care, bytes that come with file
-//! descriptors, and signals that never block.
+//! What the protocol servers need of unix sockets and eventfds: listening with care, one client after the other, bytes
+//! that come with file descriptors put together to messages, and signals that never block.
 
 mod listener;
+mod reception;
+mod stream;
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -13,6 +15,8 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 
 pub use listener::{ListenError, Listener, MAX_SOCKET_PATH};
+pub use reception::{Awake, Knock, Reception, Stop};
+pub use stream::{Framing, Progress, RawMessage, Stream, StreamError};
 
 /// File descriptors with one message that [`receive`] takes: the most that a vhost-user message has, and what we tell
 /// vfio-user clients.
@@ -34,7 +38,7 @@ pub enum ReceiveError {
 ///
 /// # Errors
 /// More than [`MAX_FDS`] descriptors in `fds`, or what the system says.
-pub fn receive(
+fn receive(
     socket: impl AsFd,
     into: &mut [u8],
     fds: &mut Vec<OwnedFd>,
@@ -65,7 +69,7 @@ pub fn receive(
 
 /// Whether accepting a connection failed for want of descriptors or memory: connections wait in the backlog until there are
 /// some again.
-pub fn is_shortage(error: &io::Error) -> bool {
+fn is_shortage(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
         Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)

@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use zbdkit_block::{Device, Lane, ZoneOp};
 use zbdkit_io::yield_now;
 use zbdkit_spec::nvme::Status;
-use zbdkit_zone::{Attributes, CloseEmpty, Condition, Filter, ZoneInfo};
+use zbdkit_zone::{CloseEmpty, Condition, Filter, ZoneInfo};
 
 use crate::namespace::{Namespace, Zones};
 use crate::queue::Request;
@@ -92,22 +92,20 @@ pub(crate) async fn settle(namespace: &Namespace, lane: &Lane) -> Result<(), Fai
         return Ok(());
     }
     let device = &namespace.device;
+    let close = ZoneOp::Close(CloseEmpty::ToEmpty);
     let mut scan = Scan::new(device, 0);
     while let Some(batch) = scan.next().await? {
-        for zone in batch {
-            let Attributes { zrwa, extension, .. } = zone.attributes;
-            let keeps = zrwa || extension;
-            let close = ZoneOp::Close(if keeps {
-                CloseEmpty::ToClosed
-            } else {
-                CloseEmpty::ToEmpty
-            });
-            if zone.condition == Condition::Closed && zone.wp == zone.start && !keeps {
-                manage(device, lane, ZoneOp::Open, zone.start).await?;
-                manage(device, lane, close, zone.start).await?;
-            } else if zone.condition.is_open() {
-                manage(device, lane, close, zone.start).await?;
-            }
+        for zone in batch.iter().filter(|zone| zone.condition.is_open()) {
+            manage(device, lane, close, zone.start).await?;
+        }
+    }
+    // Now that none is open, there is room to open those for a moment that hosts have closed before they wrote anything.
+    let mut scan = Scan::new(device, 0);
+    while let Some(batch) = scan.next().await? {
+        let unwritten = |zone: &&ZoneInfo| zone.condition == Condition::Closed && zone.wp == zone.start;
+        for zone in batch.iter().filter(unwritten) {
+            manage(device, lane, ZoneOp::Open, zone.start).await?;
+            manage(device, lane, close, zone.start).await?;
         }
     }
     Ok(())

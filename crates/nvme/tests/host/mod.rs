@@ -38,6 +38,10 @@ pub const ZONES: u64 = 8;
 /// 8 zones of 1 MiB, three quarters of each writable; 3 may be open, 4 active.
 pub const ZONED: &str = "driver=zoned,file.driver=memory,file.size=8M,zone.mode=host-managed,block_size=512,zone.size=1M,\
     zone.capacity=768k,zone.max_open_zones=3,zone.max_active_zones=4,zone.max_append_bytes=64k";
+/// The same, two of which may have a random write area of 64 KiB in granules of 8 KiB; with extensions of 128 bytes.
+pub const AREAS: &str = "driver=zoned,file.driver=memory,file.size=8M,zone.mode=host-managed,block_size=512,zone.size=1M,\
+    zone.capacity=768k,zone.max_open_zones=3,zone.max_active_zones=4,zone.max_append_bytes=64k,zone.zrwa_size=64k,\
+    zone.zrwa_granularity=8k,zone.max_zrwa=2,zone.descr_ext_size=128";
 /// A disk without zones.
 pub const PLAIN: &str = "driver=memory,size=8M";
 /// The namespaces that most hosts have.
@@ -171,6 +175,14 @@ impl Host {
     pub fn new() -> Host {
         Host::over(&[
             (ZONED, NamespaceOptions::default()),
+            (PLAIN, NamespaceOptions::default()),
+        ])
+    }
+
+    /// Over a zoned device with all that one can have, and the conventional one.
+    pub fn with_areas() -> Host {
+        Host::over(&[
+            (AREAS, NamespaceOptions::default()),
             (PLAIN, NamespaceOptions::default()),
         ])
     }

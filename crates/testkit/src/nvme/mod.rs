@@ -9,6 +9,7 @@
 
 mod driver;
 mod entry;
+mod judge;
 mod node;
 mod pointer;
 

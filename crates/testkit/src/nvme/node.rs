@@ -16,7 +16,7 @@ use zbdkit_spec::nvme::zns::{
     self, NO_LIMIT, Ozcs, ReceiveAction, ReportFilter, ReportHeader, SendAction, SendCdw13, ZDES_UNIT,
     ZoneDescriptor, ZoneState, ZrwaCap,
 };
-use zbdkit_zone::rules::{Appends, Writable};
+use zbdkit_zone::rules::Appends;
 use zbdkit_zone::{
     Attributes, Condition, Counters, Filter, Geometry, GeometryError, GeometrySpec, Model, Recommendation,
     Zns, ZoneError, ZoneInfo, ZoneNo, ZoneType, Zrwa,
@@ -25,6 +25,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::driver::Driver;
 use super::entry::{Done, Entry};
+use super::judge::{Kind, due, writable, wrong};
 use super::pointer::Pointers;
 
 /// The queue that all commands go through.
@@ -102,19 +103,35 @@ impl Host {
 
     /// At most [`ROOM`] zones that the filter shows, from the one on that holds `block`.
     fn report(&mut self, nsid: u32, filter: ReportFilter, block: u64) -> Result<Vec<ZoneDescriptor>, Status> {
-        let len = size_of::<ReportHeader>() + ROOM * size_of::<ZoneDescriptor>();
-        let entry = Entry::zone_receive(ReceiveAction::REPORT, filter, block, len).nsid(nsid);
+        let zones = self.receive(nsid, ReceiveAction::REPORT, filter, block, ROOM, 0)?;
+        Ok(zones.into_iter().map(|(zone, _)| zone).collect())
+    }
+
+    /// At most `room` zones, each with an extension of so many bytes.
+    fn receive(
+        &mut self,
+        nsid: u32,
+        action: ReceiveAction,
+        filter: ReportFilter,
+        block: u64,
+        room: usize,
+        extension: usize,
+    ) -> Result<Vec<(ZoneDescriptor, Vec<u8>)>, Status> {
+        let size = size_of::<ZoneDescriptor>() + extension;
+        let len = size_of::<ReportHeader>() + room * size;
+        let entry = Entry::zone_receive(action, filter, block, len).nsid(nsid);
         let (done, bytes) = self.run(QUEUE, entry, &[], len);
         if done.status != Status::SUCCESS {
             return Err(done.status);
         }
         let (header, rest) = ReportHeader::read_from_prefix(&bytes).expect("there is room for a header");
         let count = usize::try_from(header.nr_zones.get()).unwrap_or(usize::MAX);
-        assert!(count <= ROOM, "a partial report says how many zones it holds");
-        let zones = rest.chunks_exact(size_of::<ZoneDescriptor>()).take(count);
-        Ok(zones
-            .map(|zone| ZoneDescriptor::read_from_bytes(zone).expect("of its size"))
-            .collect())
+        assert!(count <= room, "a partial report says how many zones it holds");
+        let zones = rest.chunks_exact(size).take(count).map(|zone| {
+            let (zone, extension) = ZoneDescriptor::read_from_prefix(zone).expect("of its size");
+            (zone, extension.to_vec())
+        });
+        Ok(zones.collect())
     }
 }
 
@@ -281,11 +298,31 @@ impl NvmeNode {
         })
     }
 
+    /// Where a write, or an append, goes in a zone.
+    fn place(&self, zone: ZoneNo, offset: Option<u64>, len: u64) -> Result<Result<(), ZoneError>, Error> {
+        let info = self.info(zone)?;
+        let writable = writable(&info);
+        let placed = match self.geometry.zrwa().filter(|_| info.attributes.zrwa) {
+            Some(area) => writable.place_in_area(offset, len, area),
+            None => writable.place(offset, len),
+        };
+        Ok(placed.map(drop))
+    }
+
     fn may_write(&self, offset: u64, len: u64) -> Result<Result<(), ZoneError>, Error> {
-        Ok(match self.one_zone(offset, len) {
-            Ok(zone) => writable(&self.info(zone)?).place(Some(offset), len).map(drop),
-            Err(rule) => Err(rule),
-        })
+        match self.one_zone(offset, len) {
+            Ok(zone) => self.place(zone, Some(offset), len),
+            Err(rule) => Ok(Err(rule)),
+        }
+    }
+
+    fn may_commit(&self, end: u64) -> Result<Result<(), ZoneError>, Error> {
+        let zone = self.geometry.zone_of(end - 1);
+        let info = self.info(zone)?;
+        let Some(area) = self.geometry.zrwa().filter(|_| info.attributes.zrwa) else {
+            return Ok(Err(ZoneError::NotRandomWritable { zone }));
+        };
+        Ok(writable(&info).commits(info.start, end, area))
     }
 
     fn may_append(&self, zone_start: u64, len: u64) -> Result<Result<(), ZoneError>, Error> {
@@ -300,7 +337,7 @@ impl NvmeNode {
         if let Err(rule) = appends.check(zone, ZoneType::SequentialRequired, zone_start, len) {
             return Ok(Err(rule));
         }
-        Ok(writable(&self.info(zone)?).place(None, len).map(drop))
+        self.place(zone, None, len)
     }
 
     fn may_manage(&self, op: ZoneOp, zone_start: u64) -> Result<Result<(), ZoneError>, Error> {
@@ -308,14 +345,26 @@ impl NvmeNode {
             Ok(zone) => zone,
             Err(rule) => return Ok(Err(rule)),
         };
-        let condition = self.info(zone)?.condition;
+        let ZoneInfo {
+            condition,
+            start,
+            wp,
+            attributes,
+            ..
+        } = self.info(zone)?;
+        let area = self.geometry.zrwa().filter(|_| !attributes.zrwa);
         Ok(match (op, condition) {
             (ZoneOp::SetOffline, Condition::ReadOnly | Condition::Offline) => Ok(()),
             (_, Condition::Offline) => Err(ZoneError::Offline { zone }),
             (_, Condition::ReadOnly) => Err(ZoneError::ReadOnly { zone }),
-            (ZoneOp::Open | ZoneOp::Close(_), Condition::Full)
+            (ZoneOp::Open | ZoneOp::OpenZrwa | ZoneOp::Close(_), Condition::Full)
             | (ZoneOp::Close(_), Condition::Empty)
             | (ZoneOp::SetOffline, _) => Err(ZoneError::InvalidTransition { zone, condition }),
+            (ZoneOp::OpenZrwa, _)
+                if area.is_some_and(|area| !(wp - start).is_multiple_of(area.granularity)) =>
+            {
+                Err(ZoneError::RandomWriteArea { zone })
+            }
             _ => Ok(()),
         })
     }
@@ -330,51 +379,6 @@ impl NvmeNode {
         self.judge(done, Kind::Data, rule)?;
         buf.copy_from(&data);
         Ok(())
-    }
-}
-
-/// Which rules a command falls under.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Data,
-    Manage,
-}
-
-/// The controller answered otherwise than it should.
-fn wrong(got: impl std::fmt::Display, due: &str) -> Error {
-    println!("the controller answered {got} where {due} was due");
-    Error::Io {
-        op: "an answer of the controller",
-        errno: rustix::io::Errno::IO.raw_os_error(),
-    }
-}
-
-fn writable(info: &ZoneInfo) -> Writable {
-    Writable {
-        zone: info.zone,
-        condition: info.condition,
-        wp: info.wp,
-        end: info.start + info.capacity,
-    }
-}
-
-/// The status that ZNS has for a rule (Zoned Namespace Command Set 1.2, 3.1 and 3.4).
-fn due(rule: &ZoneError, kind: Kind) -> Status {
-    match (rule, kind) {
-        (ZoneError::NotAtWritePointer { .. }, _) => Status::ZONE_INVALID_WRITE,
-        (ZoneError::Boundary { .. } | ZoneError::ExceedsCapacity { .. }, _) => Status::ZONE_BOUNDARY_ERROR,
-        (ZoneError::Full { .. }, Kind::Data) => Status::ZONE_IS_FULL,
-        (ZoneError::ReadOnly { .. }, Kind::Data) => Status::ZONE_IS_READ_ONLY,
-        (ZoneError::Offline { .. }, Kind::Data) => Status::ZONE_IS_OFFLINE,
-        (
-            ZoneError::InvalidTransition { .. }
-            | ZoneError::Full { .. }
-            | ZoneError::ReadOnly { .. }
-            | ZoneError::Offline { .. },
-            _,
-        ) => Status::INVALID_ZONE_STATE_TRANSITION,
-        (ZoneError::OutOfRange { .. }, _) => Status::LBA_OUT_OF_RANGE,
-        _ => Status::INVALID_FIELD,
     }
 }
 
@@ -470,20 +474,76 @@ impl Node for NvmeNode {
     fn zone_op<'a>(&'a self, op: ZoneOp, zone_start: u64) -> Answer<'a, ()> {
         Box::pin(async move {
             let action = match op {
-                ZoneOp::Open => SendAction::OPEN,
+                ZoneOp::Open | ZoneOp::OpenZrwa => SendAction::OPEN,
                 ZoneOp::Close(_) => SendAction::CLOSE,
                 ZoneOp::Finish | ZoneOp::FinishUnlimited => SendAction::FINISH,
                 ZoneOp::Reset => SendAction::RESET,
                 ZoneOp::SetOffline => SendAction::OFFLINE,
-                ZoneOp::OpenZrwa => return Err(Error::NotSupported("a zone random write area")),
                 ZoneOp::SetReadOnly | ZoneOp::SetNormal | ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => {
                     return Err(Error::NotSupported("setting a zone's condition"));
                 }
             };
             let rule = self.may_manage(op, zone_start)?;
-            let entry = Entry::zone_send(action, self.block(zone_start), SendCdw13::new());
+            let option = SendCdw13::new().with_zsaso(op == ZoneOp::OpenZrwa);
+            let (done, _) = self.run(Entry::zone_send(action, self.block(zone_start), option), &[], 0);
+            let zone = self.geometry.zone_of(zone_start);
+            match (done.status, &rule) {
+                (Status::ZRWA_RESOURCES_UNAVAILABLE, Ok(())) if op == ZoneOp::OpenZrwa => {
+                    Err(ZoneError::NoRandomWriteArea { zone }.into())
+                }
+                _ => self.judge(done, Kind::Manage, rule).map(drop),
+            }
+        })
+    }
+
+    fn commit_zrwa<'a>(&'a self, end: u64) -> Answer<'a, ()> {
+        Box::pin(async move {
+            let rule = self.may_commit(end)?;
+            // The command names the last block.
+            let entry = Entry::zone_send(
+                SendAction::FLUSH_EXPLICIT_ZRWA_RANGE,
+                self.block(end) - 1,
+                SendCdw13::new(),
+            );
             let (done, _) = self.run(entry, &[], 0);
+            self.judge(done, Kind::Commit, rule).map(drop)
+        })
+    }
+
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Answer<'a, ()> {
+        Box::pin(async move {
+            let size = self.geometry.extension_size() as usize;
+            if extension.len() > size {
+                return Err(Error::NotSupported("so long an extension"));
+            }
+            let zone = self.geometry.zone_at(zone_start)?;
+            let rule = match self.info(zone)?.condition {
+                Condition::Empty => Ok(()),
+                condition => Err(ZoneError::InvalidTransition { zone, condition }),
+            };
+            let mut data = extension.to_vec();
+            data.resize(size, 0);
+            let action = SendAction::SET_DESCRIPTOR_EXTENSION;
+            let entry = Entry::zone_send(action, self.block(zone_start), SendCdw13::new());
+            let (done, _) = self.run(entry, &data, 0);
             self.judge(done, Kind::Manage, rule).map(drop)
+        })
+    }
+
+    fn extension<'a>(&'a self, zone_start: u64) -> Answer<'a, Option<Vec<u8>>> {
+        Box::pin(async move {
+            let size = self.geometry.extension_size() as usize;
+            let (action, filter) = (ReceiveAction::EXTENDED_REPORT, ReportFilter::ALL);
+            let block = self.block(zone_start);
+            let zones = self.host().receive(self.nsid, action, filter, block, 1, size);
+            match zones.as_deref() {
+                Ok([(zone, bytes)]) if zone.attributes().zdev() => Ok(Some(bytes.clone())),
+                Ok([(_, bytes)]) if *bytes == vec![0; size] => Ok(None),
+                other => Err(wrong(
+                    format_args!("{other:?}"),
+                    "a zone, with zeros where nothing is attached",
+                )),
+            }
         })
     }
 

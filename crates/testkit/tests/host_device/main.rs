@@ -17,7 +17,7 @@ use zbdkit_block::{Device, Error, Graph, Host, Lane, OpenOptions, OsHost, tool};
 use zbdkit_io::{Backend, IoBuf, Runtime, RuntimeOptions, yield_now};
 use zbdkit_testkit::conformance;
 use zbdkit_testkit::drive::FakeDrive;
-use zbdkit_zone::{GeometrySpec, Model, Zns, ZoneNo};
+use zbdkit_zone::{GeometrySpec, Model, Zns, ZoneNo, Zrwa};
 
 const BLOCK: u64 = 4096;
 const ZONE: u64 = 1 << 20;
@@ -34,6 +34,20 @@ const SPEC: GeometrySpec = GeometrySpec {
     max_active: 4,
     max_append: 64 << 10,
     zns: Zns::NONE,
+};
+
+/// The same with two areas of eight blocks, and granules of two.
+const WITH_AREAS: GeometrySpec = GeometrySpec {
+    zns: Zns {
+        zrwa: Some(Zrwa {
+            size: 8 * BLOCK,
+            granularity: 2 * BLOCK,
+            count: 2,
+            explicit_commit: true,
+        }),
+        extension_size: 0,
+    },
+    ..SPEC
 };
 
 /// The first sequential zone, and the one after it.
@@ -140,6 +154,20 @@ fn a_drive_conforms_whoever_places_appends() {
                 panic!("{broken}");
             }
         });
+    }
+}
+
+#[test]
+fn a_drive_with_areas_conforms_whatever_the_way_there_does() {
+    for place in [false, true] {
+        for seed in 0..4 {
+            let drive = Arc::new(FakeDrive::new(WITH_AREAS, place, seed));
+            with(&drive, async |device, _| {
+                if let Err(broken) = conformance::run_on_drive(device).await {
+                    panic!("{broken}");
+                }
+            });
+        }
     }
 }
 

@@ -193,3 +193,59 @@ fn a_write_of_another_thread_waits_for_the_one_under_way() {
     });
     assert_eq!((drive.sent().writes, drive.sent().most_in_zone), (2, 1));
 }
+
+#[test]
+fn writes_in_an_area_pass_each_other_and_come_from_several_threads() {
+    for seed in 0..20 {
+        let drive = Arc::new(FakeDrive::new(WITH_AREAS, false, seed));
+        with(&drive, async |device, lane| {
+            device.zone_op(lane, ZoneOp::OpenZrwa, START).await.unwrap();
+            let theirs = device.clone();
+            let other = std::thread::spawn(move || {
+                runtime().block_on(async {
+                    let lane = theirs.lane(8);
+                    let writes =
+                        (0..8).map(|n| write(&theirs, &lane, START + n * BLOCK, BLOCK, 0x80 | n as u8));
+                    let results = all(writes.collect()).await;
+                    lane.quiet().await;
+                    results
+                })
+            });
+            let writes = (0..8).map(|n| write(device, lane, START + n * BLOCK, BLOCK, n as u8));
+            let mut results = all(writes.collect()).await;
+            results.extend(other.join().unwrap());
+            assert!(results.iter().all(Result::is_ok), "seed {seed}: {results:?}");
+            device.commit_zrwa(lane, START + 8 * BLOCK).await.unwrap();
+            assert_eq!(wp(device, FIRST).await, START + 8 * BLOCK);
+        });
+        assert_eq!(
+            (drive.sent().writes, drive.sent().longest),
+            (16, BLOCK),
+            "none is merged"
+        );
+        assert!(drive.sent().most_in_zone > 1, "seed {seed}");
+        for n in 0..8 {
+            assert_eq!(drive.bytes(START + n * BLOCK, 1)[0] & 0x7f, n as u8);
+        }
+    }
+}
+
+#[test]
+fn a_zone_is_in_order_again_once_its_area_is_gone() {
+    for op in [ZoneOp::Reset, ZoneOp::Finish] {
+        let drive = Arc::new(FakeDrive::new(WITH_AREAS, false, 9));
+        with(&drive, async |device, lane| {
+            device.zone_op(lane, ZoneOp::OpenZrwa, START).await.unwrap();
+            let requests: Vec<Request<'_, ()>> = vec![
+                Box::pin(write(device, lane, START + 2 * BLOCK, BLOCK, 1)),
+                Box::pin(write(device, lane, START, BLOCK, 1)),
+                Box::pin(device.zone_op(lane, op, START)),
+                Box::pin(device.zone_op(lane, ZoneOp::Reset, START)),
+            ];
+            assert!(all(requests).await.iter().all(Result::is_ok));
+            let writes = (0..8).map(|n| write(device, lane, START + n * BLOCK, BLOCK, n as u8));
+            assert!(all(writes.collect()).await.iter().all(Result::is_ok));
+        });
+        assert!(drive.sent().writes < 10, "those in order went together");
+    }
+}

@@ -7,10 +7,12 @@ use clap::Args;
 use serde::Serialize;
 use zbdkit_block::format_size;
 use zbdkit_block::host_device::sysfs::{BlockFacts, Sysfs, ZoneFacts};
-use zbdkit_block::host_device::{Hidden, Listed, Look, users};
+use zbdkit_block::host_device::{Drive, DriveFacts, Hidden, Listed, Look, NvmeDrive, ZoneAdvice, users};
+use zbdkit_zone::Zns;
 
+use crate::image::Session;
 use crate::output::{Out, complain, printable};
-use crate::shapes::model_name;
+use crate::shapes::{ZrwaShape, model_name};
 
 /// List the zoned drives of this machine
 #[derive(Debug, Args)]
@@ -36,13 +38,17 @@ Columns:
 
 Listed besides zoned block devices are host-aware SCSI disks, which Linux takes
 for ordinary ones from 6.8 on, and NVMe namespaces that have only a character
-device.
+device. These are asked themselves, where this user may open them for reading.
+Below the table: the random write areas (ZRWA) and descriptor extensions of NVMe
+namespaces, which their character devices give, and what SCSI disks advise.
 
 JSON:
   {devices: [{path, nvme_generic, vendor_model, size, logical_block_size,
   physical_block_size, write_granularity, read_only, scheduler, write_cache,
   model, zone_size, zone_capacity, nr_zones, max_open, max_active, max_append,
-  used_by, note}, ...]}; sizes are bytes, 0 is no limit, null is not known";
+  used_by, note, zrwa: {size, granularity, max, explicit_commit},
+  extension_size, advice: {open, non_sequential}}, ...]};
+  sizes are bytes, 0 is no limit, null is none or not known";
 
 /// A drive, as `--json` shows it.
 #[derive(Debug, Default, Serialize)]
@@ -67,6 +73,18 @@ struct Row {
     max_append: Option<u64>,
     used_by: Vec<String>,
     note: Option<&'static str>,
+    /// Zone random write areas.
+    zrwa: Option<ZrwaShape>,
+    /// Bytes of a descriptor extension.
+    extension_size: Option<u32>,
+    advice: Option<Advice>,
+}
+
+/// How many zones are best open, or written out of order, at a time.
+#[derive(Debug, Serialize)]
+struct Advice {
+    open: Option<u32>,
+    non_sequential: Option<u32>,
 }
 
 #[derive(Debug, Serialize)]
@@ -75,11 +93,16 @@ struct Rows {
 }
 
 pub fn run(args: &List) -> anyhow::Result<()> {
-    let drives = Sysfs::default().zoned_drives().context("listing block devices")?;
-    let devices: Vec<Row> = drives
+    let drives = Sysfs::default()
+        .zoned_drives(Path::new("/dev"))
+        .context("listing block devices")?;
+    let mut devices: Vec<Row> = drives
         .iter()
         .map(|drive| row(drive, Path::new("/proc")))
         .collect();
+    for (row, drive) in devices.iter_mut().zip(&drives) {
+        row.ask(drive)?;
+    }
     let mut out = Out::new();
     if args.json {
         out.json(&Rows { devices })?;
@@ -114,16 +137,65 @@ fn row(drive: &Listed, proc: &Path) -> Row {
             .collect();
         if let Some(zones) = &facts.zones {
             row.add_zones(zones);
-            row.zone_capacity = Look::at(&path, zones.zone_size)
-                .and_then(|look| look.capacity())
-                .ok()
-                .flatten();
+            row.zone_capacity = match facts.zones_by_command {
+                // A zone of a host-aware disk can be written to its end.
+                true => Some(zones.zone_size),
+                false => Look::at(&path, zones.zone_size)
+                    .and_then(|look| look.capacity())
+                    .ok()
+                    .flatten(),
+            };
         }
     }
     row
 }
 
 impl Row {
+    /// What only the drive itself can tell, where this user may ask it.
+    fn ask(&mut self, drive: &Listed) -> anyhow::Result<()> {
+        if drive.block.as_ref().is_some_and(|block| block.zones_by_command) {
+            self.advice = ZoneAdvice::of_disk(&drive.path()).map(|advice| Advice {
+                open: advice.open,
+                non_sequential: advice.non_sequential,
+            });
+        }
+        let Some(generic) = &self.nvme_generic else {
+            return Ok(());
+        };
+        let namespace = Session::new()?.run(NvmeDrive::open(Path::new(generic), true));
+        if let Ok(namespace) = namespace {
+            self.add_namespace(namespace.facts());
+        }
+        Ok(())
+    }
+
+    fn add_namespace(&mut self, facts: &DriveFacts) {
+        let Zns { zrwa, extension_size } = facts.zns;
+        self.extension_size = Some(extension_size);
+        self.zrwa = zrwa.map(ZrwaShape::of);
+        // Without a block device nobody else has told.
+        if self.size.is_none() {
+            self.size = Some(facts.size);
+            self.logical_block_size = Some(facts.block_size);
+            self.add_zones(&facts.zones);
+        }
+    }
+
+    /// Lines below the table.
+    fn notes(&self) -> Vec<String> {
+        let mut notes: Vec<String> = self.note.map(str::to_owned).into_iter().collect();
+        if let Some(areas) = &self.zrwa {
+            notes.push(described_areas(areas.size, areas.granularity, areas.max));
+        }
+        if let Some(bytes) = self.extension_size.filter(|bytes| *bytes > 0) {
+            notes.push(format!("descriptor extensions of {bytes} bytes"));
+        }
+        if let Some(advice) = &self.advice {
+            notes.extend(described_advice(advice.open, advice.non_sequential));
+        }
+        notes
+    }
+
     fn add_block(&mut self, facts: &BlockFacts) {
         self.size = Some(facts.size);
         self.logical_block_size = Some(facts.logical_block_size);
@@ -189,6 +261,28 @@ impl Row {
     }
 }
 
+/// Zone random write areas for people; `count` 0 is any number.
+pub fn described_areas(size: u64, granularity: u64, count: u32) -> String {
+    let zones = match count {
+        0 => "any number of zones".to_owned(),
+        1 => "one zone at a time".to_owned(),
+        count => format!("{count} zones at a time"),
+    };
+    format!(
+        "random write areas of {} in {zones}, committed by multiples of {}",
+        format_size(size),
+        format_size(granularity)
+    )
+}
+
+/// What a SCSI disk advises, if anything.
+pub fn described_advice(open: Option<u32>, non_sequential: Option<u32>) -> Option<String> {
+    let open = open.map(|zones| format!("{zones} zones open"));
+    let non_sequential = non_sequential.map(|zones| format!("{zones} written out of order"));
+    let best: Vec<String> = open.into_iter().chain(non_sequential).collect();
+    (!best.is_empty()).then(|| format!("best with at most {}", best.join(", ")))
+}
+
 const HEADINGS: [&str; 11] = [
     "DEVICE",
     "MODEL",
@@ -221,7 +315,7 @@ fn table(rows: &[Row]) -> String {
         text.push('\n');
     }
     for row in rows {
-        if let Some(note) = row.note {
+        for note in row.notes() {
             text += &format!("{}: {note}\n", row.path);
         }
     }
@@ -297,6 +391,61 @@ mod tests {
         let column = |line: &str| line.find("DRIVE").or(line.find("ATA"));
         let columns: Vec<_> = table.lines().take(4).map(column).collect();
         assert_eq!(columns, [columns[0]; 4]);
+    }
+
+    #[test]
+    fn what_the_drive_itself_tells_is_below_the_table() {
+        let proc = tempfile::tempdir().unwrap();
+        let mut rows = [listed(None, Some("ng1n1"), Some(Hidden::NoBlockDevice)), {
+            let aware = BlockFacts {
+                zones_by_command: true,
+                holders: Vec::new(),
+                ..facts()
+            };
+            listed(Some(aware), None, Some(Hidden::HostAware))
+        }]
+        .map(|drive| row(&drive, proc.path()));
+        rows[0].add_namespace(&DriveFacts {
+            path: "/dev/ng1n1".into(),
+            size: 1 << 40,
+            block_size: 4096,
+            read_only: true,
+            zones: facts().zones.unwrap(),
+            zns: Zns {
+                zrwa: Some(zbdkit_zone::Zrwa {
+                    size: 1 << 20,
+                    granularity: 64 << 10,
+                    count: 8,
+                    explicit_commit: true,
+                }),
+                extension_size: 64,
+            },
+        });
+        rows[1].advice = Some(Advice {
+            open: Some(128),
+            non_sequential: None,
+        });
+        let table = table(&rows);
+        assert_eq!(
+            table.lines().skip(3).collect::<Vec<_>>(),
+            [
+                "/dev/ng1n1: this kernel makes no block device of this namespace",
+                "/dev/ng1n1: random write areas of 1 MiB in 8 zones at a time, committed by multiples of 64 KiB",
+                "/dev/ng1n1: descriptor extensions of 64 bytes",
+                "/dev/sdb: host-aware, which this kernel takes for an ordinary disk: it shows no zones",
+                "/dev/sdb: best with at most 128 zones open",
+            ]
+        );
+        assert!(
+            table.contains("/dev/ng1n1  host-managed  1 TiB   57344"),
+            "{table}"
+        );
+        let json = serde_json::to_value(&rows[0]).unwrap();
+        assert_eq!(
+            (&json["zrwa"]["max"], &json["extension_size"], &json["advice"]),
+            (&8.into(), &64.into(), &serde_json::Value::Null)
+        );
+        assert_eq!(rows[1].zone_capacity, Some(256 << 20));
     }
 
     #[test]

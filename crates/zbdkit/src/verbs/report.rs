@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use clap::{Args, ValueEnum};
-use zbdkit_zone::{Condition, Filter, ZoneInfo, ZoneType};
+use zbdkit_zone::{Attributes, Condition, Filter, Recommendation, ZoneInfo, ZoneType};
 
 use crate::args;
 use crate::image::{ImageArgs, Session, looking, zones_of};
@@ -103,10 +103,15 @@ Lines:
   zone's start. An --offset can be pasted from a line with an s behind it.
   Conditions: nw not write pointer, em empty, oi implicitly open, oe
   explicitly open, cl closed, ro read-only, fu full, of offline.
+  Behind a zone that has any follow NVMe's attributes: zrwa (it has a random
+  write area), extension, finished-by-device, finish-recommended,
+  reset-recommended.
 
 JSON:
   {zones: [{zone, start, len, capacity, wp, written_end, type, condition,
-  resets, finishes, bytes_written}, ...]}; all positions are absolute bytes; wp
+  resets, finishes, bytes_written, attributes: {finished_by_device,
+  recommended, zrwa, extension}}, ...]}; recommended is \"finish\", \"reset\" or
+  null; all positions are absolute bytes; wp
   is start + capacity in a full zone; written_end is where data really ends";
 
 pub fn run(args: &Report) -> anyhow::Result<()> {
@@ -197,12 +202,63 @@ fn blkzone_line(zone: &ZoneInfo) -> String {
         Condition::Offline => "of",
     };
     format!(
-        "  start: {:#011x}, len {:#08x}, cap {:#08x}, wptr {:#08x} reset:0 non-seq:0, zcond:{:2}({condition}) [type: {}({kind})]",
+        "  start: {:#011x}, len {:#08x}, cap {:#08x}, wptr {:#08x} reset:0 non-seq:0, zcond:{:2}({condition}) [type: {}({kind})]{}",
         zone.start / 512,
         zone.len / 512,
         zone.capacity / 512,
         wptr / 512,
         zone.condition as u8,
         zone.kind as u8,
+        attributes(zone.attributes),
     )
+}
+
+/// What blkzone does not know; nothing where the zone has none of it.
+fn attributes(attributes: Attributes) -> String {
+    let Attributes {
+        finished_by_device,
+        recommended,
+        zrwa,
+        extension,
+    } = attributes;
+    let names: Vec<&str> = [
+        (zrwa, "zrwa"),
+        (extension, "extension"),
+        (finished_by_device, "finished-by-device"),
+        (recommended == Some(Recommendation::Finish), "finish-recommended"),
+        (recommended == Some(Recommendation::Reset), "reset-recommended"),
+    ]
+    .into_iter()
+    .filter_map(|(has, name)| has.then_some(name))
+    .collect();
+    match names.is_empty() {
+        true => String::new(),
+        false => format!(" [attributes: {}]", names.join(" ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_are_named_where_there_are_any() {
+        assert_eq!(attributes(Attributes::default()), "");
+        let some = Attributes {
+            finished_by_device: true,
+            recommended: Some(Recommendation::Reset),
+            zrwa: false,
+            extension: true,
+        };
+        assert_eq!(
+            attributes(some),
+            " [attributes: extension finished-by-device reset-recommended]"
+        );
+        let others = Attributes {
+            recommended: Some(Recommendation::Finish),
+            zrwa: true,
+            ..Attributes::default()
+        };
+        assert_eq!(attributes(others), " [attributes: zrwa finish-recommended]");
+    }
 }

@@ -20,4 +20,5 @@ mod rebase;
 mod scale;
 mod serve;
 mod support;
+mod zns;
 mod zones;

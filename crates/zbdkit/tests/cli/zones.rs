@@ -38,6 +38,7 @@ fn json_reports_are_whole_documents() {
             "zone": 1, "start": 64 << 20, "len": 64 << 20, "capacity": 64 << 20, "wp": 128 << 20,
             "written_end": (64 << 20) + (12 << 10), "type": "sequential-required", "condition": "full",
             "resets": 0, "finishes": 1, "bytes_written": 12 << 10,
+            "attributes": {"finished_by_device": false, "recommended": null, "zrwa": false, "extension": false},
         })
     );
     let none = bench.json(&["report", "disk.raw", "--json", "--filter", "offline"]);

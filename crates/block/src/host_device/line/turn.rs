@@ -1,13 +1,12 @@
 //! What is done in a zone's turn: writes go out, one at a time, and what became of them is found out.
 
-use std::sync::Arc;
-
 use rustix::io::Errno;
-use zbdkit_io::{IoBuf, spawn};
+use zbdkit_io::IoBuf;
 use zbdkit_zone::rules::Writable;
-use zbdkit_zone::{Condition, ZoneInfo, ZoneNo};
+use zbdkit_zone::{Condition, ZoneError, ZoneInfo, ZoneNo};
 
-use super::{Entry, Line, Lines, MAX_RUN, MAX_SEGMENTS, Turn, Wants, Zone, put, take, this_thread};
+use super::aside::Aside;
+use super::{Caller, Entry, Line, MAX_RUN, MAX_SEGMENTS, Turn, Wants, Zone, put, take, this_thread};
 use crate::error::{Error, errno_of};
 use crate::node::Work;
 
@@ -19,8 +18,8 @@ enum Step {
     Report,
     /// The first in line breaks a rule.
     Refuse(Entry, Error),
-    /// An append that the drive places.
-    Append(Entry, usize),
+    /// What goes to the drive beside others: where, and from which place of the outbox.
+    Aside(Caller, Option<u64>, usize),
     /// A write.
     Write(Run),
 }
@@ -34,7 +33,7 @@ struct Run {
 
 /// One of them.
 struct Part {
-    entry: Entry,
+    caller: Caller,
     offset: Option<u64>,
     len: u64,
     at: u64,
@@ -64,6 +63,8 @@ impl Turn {
             Condition::Full => zone.start + zone.capacity,
             _ => zone.start,
         };
+        // It goes with what was in it.
+        line.area = false;
         line.known = true;
     }
 
@@ -75,10 +76,7 @@ impl Turn {
     /// The zone as it is now, which the line learns, too.
     async fn report(&self) -> Result<ZoneInfo, Error> {
         let info = self.lines.report(self.zone).await?;
-        let mut line = self.zone().line();
-        line.wp = info.wp;
-        line.condition = info.condition;
-        line.known = true;
+        self.zone().line().learn(&info);
         Ok(info)
     }
 
@@ -94,11 +92,11 @@ impl Turn {
                 },
                 Step::Refuse(entry, error) => {
                     known.alone = known.alone.saturating_sub(1);
-                    entry.ticket.end(Err(error));
+                    entry.caller.ticket.end(Err(error));
                 }
-                Step::Append(entry, buf) => {
+                Step::Aside(caller, offset, buf) => {
                     known.fresh = false;
-                    self.start_append(entry, take(buf));
+                    Aside::counted(&self.lines, self.zone).start(caller, offset, take(buf));
                 }
                 Step::Write(run) => known = self.write(run, known).await,
             }
@@ -120,20 +118,25 @@ impl Turn {
         if first.thread != this_thread() {
             return Step::Over;
         }
-        if offset.is_none() && self.lines.drive.has_append() {
+        if line.goes_aside(&first.wants, self.lines.drive.has_append()) {
             let Some(entry) = line.waiting.pop_front() else {
                 return Step::Over;
             };
-            line.appends += 1;
-            return Step::Append(entry, buf);
+            line.aside += 1;
+            return Step::Aside(entry.caller, offset, buf);
         }
-        if line.appends > 0 {
+        if line.aside > 0 {
             return Step::Over;
         }
         if !line.known {
             return Step::Report;
         }
-        match line.writable(zone, self.zone).place(offset, len) {
+        let placed = match line.area {
+            // Only an append comes here, and nobody could tell where it goes.
+            true => Err(ZoneError::RandomWriteArea { zone: self.zone }),
+            false => line.writable(zone, self.zone).place(offset, len),
+        };
+        match placed {
             Ok(at) => Step::Write(self.gather(zone, &mut line, at, known.alone > 0)),
             Err(_) if !known.fresh => Step::Report,
             Err(error) => match line.waiting.pop_front() {
@@ -180,7 +183,7 @@ impl Turn {
             writable.wp = at + len;
             run.len += len;
             run.parts.push(Part {
-                entry,
+                caller: entry.caller,
                 offset,
                 len,
                 at,
@@ -224,11 +227,11 @@ impl Turn {
             match self.writable(&info).place(part.offset, part.len) {
                 // Together they failed; each has its own fate.
                 _ if !single && (is_append || !torn) => again.push(part),
-                _ if torn && !moved => part.entry.ticket.end(Err(failure.clone())),
-                Err(rule) => part.entry.ticket.end(Err(rule.into())),
+                _ if torn && !moved => part.caller.ticket.end(Err(failure.clone())),
+                Err(rule) => part.caller.ticket.end(Err(rule.into())),
                 // It was put where somebody else had moved the pointer away from.
                 Ok(_) if moved && !known.fresh => again.push(part),
-                Ok(_) => part.entry.ticket.end(Err(failure.clone())),
+                Ok(_) => part.caller.ticket.end(Err(failure.clone())),
             }
         }
         let alone = known.alone.saturating_sub(1).max(again.len());
@@ -244,7 +247,7 @@ impl Turn {
             if let Wants::Write { buf, .. } = entry.wants {
                 take(buf);
             }
-            entry.ticket.end(Err(error));
+            entry.caller.ticket.end(Err(error));
         }
     }
 
@@ -263,13 +266,16 @@ impl Turn {
     fn put_back(&self, parts: Vec<Part>) {
         let mut line = self.zone().line();
         for part in parts.into_iter().rev() {
-            let mut entry = part.entry;
-            entry.wants = Wants::Write {
+            let wants = Wants::Write {
                 offset: part.offset,
                 len: part.len,
                 buf: put(part.buf),
             };
-            line.waiting.push_front(entry);
+            line.waiting.push_front(Entry {
+                wants,
+                thread: this_thread(),
+                caller: part.caller,
+            });
         }
     }
 
@@ -279,84 +285,6 @@ impl Turn {
             condition: info.condition,
             wp: info.wp,
             end: info.start + info.capacity,
-        }
-    }
-
-    /// Hands an append to the drive and does not wait for it.
-    fn start_append(&self, entry: Entry, buf: IoBuf) {
-        let (lines, zone) = (self.lines.clone(), self.zone);
-        let append = Append {
-            lines,
-            zone,
-            end: None,
-        };
-        spawn(append.work(entry, buf));
-    }
-}
-
-/// An append under way that the drive places.
-struct Append {
-    lines: Arc<Lines>,
-    zone: ZoneNo,
-    /// Where it ended, once that is known.
-    end: Option<u64>,
-}
-
-impl Append {
-    async fn work(mut self, entry: Entry, buf: IoBuf) {
-        let (start, len) = (self.lines.zone(self.zone).start, buf.len() as u64);
-        let result = match self.lines.drive.append(buf, start).await {
-            Ok(at) => {
-                self.end = Some(at.saturating_add(len));
-                Ok(at)
-            }
-            Err(error) => Err(self.reason(error, len).await),
-        };
-        // Whoever waits for the appends to end may go on before the answer is given.
-        drop(self);
-        entry.ticket.end(result);
-    }
-
-    /// The rule that the drive holds against the append, if there is one.
-    async fn reason(&self, error: Error, len: u64) -> Error {
-        let Error::Io { op, errno } = error else {
-            return error;
-        };
-        let Ok(info) = self.lines.report(self.zone).await else {
-            return self.lines.explain(op, errno);
-        };
-        let writable = Writable {
-            zone: self.zone,
-            condition: info.condition,
-            wp: info.wp,
-            end: info.start + info.capacity,
-        };
-        match writable.place(None, len) {
-            Err(rule) => rule.into(),
-            Ok(_) => self.lines.explain(op, errno),
-        }
-    }
-}
-
-impl Drop for Append {
-    fn drop(&mut self) {
-        let zone = self.lines.zone(self.zone);
-        let mut line = zone.line();
-        line.appends -= 1;
-        match self.end {
-            Some(end) => {
-                line.wp = line.wp.max(end);
-                line.condition = match line.wp >= zone.start + zone.capacity {
-                    true => Condition::Full,
-                    false => Condition::ImplicitlyOpen,
-                };
-            }
-            None => line.known = false,
-        }
-        let next = line.next(true);
-        drop(line);
-        if let Some(next) = next {
-            next.call();
         }
     }
 }
@@ -393,7 +321,7 @@ impl Run {
 
     fn end(self, result: impl Fn(&Part) -> Result<u64, Error>) {
         for part in self.parts {
-            part.entry.ticket.end(result(&part));
+            part.caller.ticket.end(result(&part));
         }
     }
 }

@@ -3,6 +3,7 @@
 use zbdkit_spec::nvme::base::{IdentifyController, MIN_PAGE_BYTES};
 use zbdkit_spec::nvme::nvm::{self, MAX_BLOCKS};
 use zbdkit_spec::nvme::zns::{self, NO_LIMIT, Ozcs, ZDES_UNIT, ZrwaCap};
+use zbdkit_zone::{Zns, Zrwa};
 
 /// What the kernel's passthrough takes in one command, whatever the drive would.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,6 +181,26 @@ impl NamespaceFacts {
     }
 }
 
+impl NamespaceFacts {
+    /// What geometries have of it.
+    pub(super) fn zns(&self) -> Zns {
+        Zns {
+            zrwa: self.zrwa.map(|zrwa| Zrwa {
+                size: zrwa.size,
+                granularity: zrwa.granularity,
+                count: match zrwa.areas {
+                    NO_LIMIT => 0,
+                    // There are areas, so there is at least one.
+                    areas => areas.max(1),
+                },
+                explicit_commit: zrwa.explicit_flush,
+            }),
+            // At most 255 units.
+            extension_size: self.extension_size as u32,
+        }
+    }
+}
+
 /// A 0-based limit of resources; none is 0 here.
 fn limit(limit_z: u32) -> u32 {
     if limit_z == NO_LIMIT { 0 } else { limit_z + 1 }
@@ -305,6 +326,20 @@ mod tests {
             explicit_flush: true,
         };
         assert_eq!(facts.zrwa, Some(zrwa));
+        assert_eq!(
+            facts.zns(),
+            Zns {
+                zrwa: Some(Zrwa {
+                    size: 65536,
+                    granularity: 16384,
+                    count: 8,
+                    explicit_commit: true,
+                }),
+                extension_size: 128,
+            }
+        );
+        from.zoned.numzrwa.set(NO_LIMIT);
+        assert_eq!(self::facts(&from).unwrap().zns().zrwa.unwrap().count, 0);
     }
 
     #[test]

@@ -69,6 +69,7 @@ impl NvmeDrive {
                 max_append: about.max_append,
                 write_granularity: about.block_size,
             },
+            zns: about.zns(),
         };
         Ok(NvmeDrive {
             facts,
@@ -86,24 +87,14 @@ impl NvmeDrive {
     /// Opens the zone explicitly with a zone random write area, which takes one of the namespace's
     /// ([`ZrwaFacts::areas`]) until the zone is full or reset. Only from empty, or closed with a write pointer that is a
     /// multiple of [`ZrwaFacts::granularity`] from its start (ZNS 1.2, 5.7).
-    pub async fn open_with_zrwa(&self, zone_start: u64) -> Result<(), Error> {
+    async fn open_with_zrwa(&self, zone_start: u64) -> Result<(), Error> {
         if self.namespace.facts.zrwa.is_none() {
             return Err(Error::NotSupported("a zone random write area"));
         }
         self.namespace.open_with_zrwa(zone_start).await
     }
 
-    /// Commits the zone random write area up to the block that ends at byte `end`: the write pointer moves there.
-    pub async fn flush_zrwa(&self, end: u64) -> Result<(), Error> {
-        match self.namespace.facts.zrwa {
-            Some(zrwa) if zrwa.explicit_flush => self.namespace.flush_zrwa(end).await,
-            _ => Err(Error::NotSupported("flushing a zone random write area")),
-        }
-    }
-
-    /// Attaches `extension` to an empty zone, which is closed afterwards and takes an active resource. Shorter ones are
-    /// filled up with zeros.
-    pub async fn set_extension(&self, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
+    async fn attach_extension(&self, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
         let size = self.namespace.facts.extension_size;
         if size == 0 {
             return Err(Error::NotSupported("zone descriptor extensions"));
@@ -115,14 +106,6 @@ impl NvmeDrive {
             });
         }
         self.namespace.set_extension(zone_start, extension).await
-    }
-
-    /// The extension of a zone, where it has one.
-    pub async fn extension(&self, zone_start: u64) -> Result<Option<Vec<u8>>, Error> {
-        if self.namespace.facts.extension_size == 0 {
-            return Err(Error::NotSupported("zone descriptor extensions"));
-        }
-        self.namespace.extension(zone_start).await
     }
 }
 
@@ -149,8 +132,11 @@ impl Drive for NvmeDrive {
             // The drive does it to read-only zones.
             ZoneOp::SetOffline => ("zone offline", SendAction::OFFLINE),
             ZoneOp::OpenZrwa => return Box::pin(self.open_with_zrwa(zone_start)),
-            ZoneOp::SetReadOnly | ZoneOp::SetNormal | ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => {
+            ZoneOp::SetReadOnly | ZoneOp::SetNormal => {
                 return Box::pin(async { Err(Error::NotSupported("setting a zone's condition")) });
+            }
+            ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => {
+                return Box::pin(async { Err(Error::NotSupported("setting a zone's attributes")) });
             }
         };
         Box::pin(self.namespace.manage(name, action, zone_start))
@@ -166,5 +152,23 @@ impl Drive for NvmeDrive {
 
     fn append<'a>(&'a self, buf: IoBuf, zone_start: u64) -> Request<'a, u64> {
         Box::pin(self.namespace.append(buf, zone_start))
+    }
+
+    fn commit_zrwa<'a>(&'a self, end: u64) -> Request<'a, ()> {
+        match self.namespace.facts.zrwa {
+            Some(zrwa) if zrwa.explicit_flush => Box::pin(self.namespace.flush_zrwa(end)),
+            _ => Box::pin(async { Err(Error::NotSupported("committing a zone random write area")) }),
+        }
+    }
+
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
+        Box::pin(self.attach_extension(zone_start, extension))
+    }
+
+    fn extension<'a>(&'a self, zone_start: u64) -> Request<'a, Option<Vec<u8>>> {
+        match self.namespace.facts.extension_size {
+            0 => Box::pin(async { Err(Error::NotSupported("zone descriptor extensions")) }),
+            _ => Box::pin(self.namespace.extension(zone_start)),
+        }
     }
 }

@@ -48,6 +48,16 @@ impl Failed {
             Status::ZONE_IS_FULL => ZoneError::Full { zone: no }.into(),
             Status::ZONE_IS_READ_ONLY => ZoneError::ReadOnly { zone: no }.into(),
             Status::ZONE_IS_OFFLINE => ZoneError::Offline { zone: no }.into(),
+            Status::ZONE_INVALID_WRITE if zone.attributes.zrwa => ZoneError::OutsideRandomWriteArea {
+                zone: no,
+                offset,
+                len,
+                start: zone.wp,
+                end: zone
+                    .wp
+                    .saturating_add(facts.zrwa.map_or(0, |area| area.size.saturating_mul(2))),
+            }
+            .into(),
             Status::ZONE_INVALID_WRITE => ZoneError::NotAtWritePointer {
                 zone: no,
                 offset,
@@ -122,6 +132,7 @@ fn unknown(offset: u64, facts: &NamespaceFacts) -> ZoneInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host_device::nvme::facts::ZrwaFacts;
     use crate::host_device::nvme::facts::tests_support::facts;
 
     const START: u64 = 0x4000 * 4096;
@@ -190,6 +201,39 @@ mod tests {
         ] {
             assert_eq!(error(status, offset, len), Error::Zone(expected));
         }
+    }
+
+    #[test]
+    fn a_write_that_misses_an_area_is_told_where_that_is() {
+        let zone = ZoneInfo {
+            attributes: Attributes {
+                zrwa: true,
+                ..ZONE.attributes
+            },
+            ..ZONE
+        };
+        let facts = NamespaceFacts {
+            zrwa: Some(ZrwaFacts {
+                areas: 2,
+                size: 16 * 4096,
+                granularity: 4096,
+                explicit_flush: true,
+            }),
+            ..facts()
+        };
+        let (op, offset, len) = ("write", START, 4096);
+        let failed = Failed { op, offset, len };
+        let expected = ZoneError::OutsideRandomWriteArea {
+            zone: ZoneNo(1),
+            offset,
+            len,
+            start: START + 8192,
+            end: START + 8192 + 32 * 4096,
+        };
+        assert_eq!(
+            failed.error(Status::ZONE_INVALID_WRITE, Some(&zone), &facts),
+            expected.into()
+        );
     }
 
     #[test]

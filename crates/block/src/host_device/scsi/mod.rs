@@ -6,7 +6,9 @@ mod report;
 mod status;
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use zbdkit_io::{File, unblock};
 use zbdkit_spec::scsi::{
@@ -52,20 +54,23 @@ pub struct ZoneAdvice {
     pub reads_above_pointer: bool,
 }
 
+impl ZoneAdvice {
+    /// What the disk at a path advises; `None` where it has no page for that, or cannot be asked. Blocks until it has
+    /// answered.
+    pub fn of_disk(path: &Path) -> Option<ZoneAdvice> {
+        let disk = looked_at(path).ok()?;
+        let cdb = InquiryCdb::vpd(VpdPage::ZONED_BLOCK_DEVICE_CHARACTERISTICS, PAGE_BYTES);
+        match attentive(disk.as_fd(), cdb.as_bytes(), PAGE_BYTES.into()).ok()? {
+            (Outcome::Good(came), data) => advice(data.get(..came)?),
+            _ => None,
+        }
+    }
+}
+
 impl ScsiDrive {
     /// The drive behind an opened whole disk, whose zones [`zone_facts`] has found.
     pub fn new(facts: DriveFacts, file: File) -> ScsiDrive {
         ScsiDrive { facts, file }
-    }
-
-    /// What the disk advises; `None` where it has no page for that, or cannot be asked.
-    pub async fn advice(&self) -> Option<ZoneAdvice> {
-        let cdb = InquiryCdb::vpd(VpdPage::ZONED_BLOCK_DEVICE_CHARACTERISTICS, PAGE_BYTES);
-        let answer = execute(&self.file, "inquiry", cdb.as_bytes(), PAGE_BYTES.into()).await;
-        match answer.ok()? {
-            (Outcome::Good(came), data) => advice(data.get(..came)?),
-            _ => None,
-        }
     }
 
     fn place(&self) -> Place {
@@ -108,12 +113,11 @@ impl Drive for ScsiDrive {
             ZoneOp::OpenZrwa => {
                 return Box::pin(async { Err(Error::NotSupported("a zone random write area")) });
             }
-            ZoneOp::SetReadOnly
-            | ZoneOp::SetOffline
-            | ZoneOp::SetNormal
-            | ZoneOp::FinishByDevice
-            | ZoneOp::Recommend(_) => {
+            ZoneOp::SetReadOnly | ZoneOp::SetOffline | ZoneOp::SetNormal => {
                 return Box::pin(async { Err(Error::NotSupported("setting a zone's condition")) });
+            }
+            ZoneOp::FinishByDevice | ZoneOp::Recommend(_) => {
+                return Box::pin(async { Err(Error::NotSupported("setting a zone's attributes")) });
             }
         };
         Box::pin(self.manage(name, action, Some(zone_start)))
@@ -125,8 +129,32 @@ impl Drive for ScsiDrive {
 }
 
 /// Whether a disk may have zones that the kernel does not show.
-pub(super) fn may_hide_zones(disk: &BlockFacts) -> bool {
+fn may_hide_zones(disk: &BlockFacts) -> bool {
     disk.name.starts_with("sd") && disk.partition_of.is_none() && disk.zones.is_none()
+}
+
+/// Has the disk at a path say whether it has zones that the kernel does not show, and adds them to its facts. A disk that
+/// cannot be opened for reading is not asked.
+///
+/// # Errors
+/// The disk is host-aware and reports zones that make no sense.
+pub(super) fn ask(path: &Path, facts: &mut BlockFacts) -> io::Result<()> {
+    if may_hide_zones(facts)
+        && let Ok(disk) = looked_at(path)
+    {
+        facts.zones = zone_facts(disk.as_fd(), facts)?;
+        facts.zones_by_command = facts.zones.is_some();
+    }
+    Ok(())
+}
+
+/// Opens a disk for a look: one without a medium must not keep us.
+fn looked_at(path: &Path) -> io::Result<std::fs::File> {
+    let mut options = std::fs::File::options();
+    options
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+    options.open(path)
 }
 
 /// The zones of a disk, if it is a host-aware SCSI disk. `None` for any other disk, and for one that cannot be asked.

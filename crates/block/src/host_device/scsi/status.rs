@@ -71,6 +71,7 @@ mod tests {
                 max_append: 0,
                 write_granularity: 512,
             },
+            zns: zbdkit_zone::Zns::NONE,
         };
         let outcome = Outcome::Refused(Status::CHECK_CONDITION, Some(Sense { key, additional }));
         error("zone open", outcome, Some(128 << 20), &facts)

@@ -20,12 +20,15 @@ enum Way {
 }
 
 /// Measures and prints a table.
-pub fn run(runtime: &Runtime, path: &Path, time: Duration) -> Result<()> {
+pub fn run(runtime: &Runtime, path: &Path, time: Duration, rounds: usize) -> Result<()> {
     let geometry = runtime.block_on(async { super::open(path).await?.limits().zoned.context("no zones") })?;
-    println!("4 KiB writes in sequence; MiB/s, zbdkit against fio (io_uring, direct, or by NVMe commands)");
     println!(
-        "{:>6} {:>6} {:>10} {:>10} {:>10} {:>8} {:>8}",
-        "zones", "depth", "fio", "write", "append", "w/fio", "a/fio"
+        "4 KiB writes and appends in sequence, MiB/s: fio (io_uring, direct; or its own NVMe commands, which are writes) and \
+         zbdkit by turns, medians of {rounds} rounds; ratios to fio in the same round, from the least to the most"
+    );
+    println!(
+        "{:>6} {:>6} {:>8} {:>8} {:>8}   {:<18} {:<18}",
+        "zones", "depth", "fio", "write", "append", "write/fio", "append/fio"
     );
     for zones in [1, 8] {
         for depth in [1, 32] {
@@ -33,34 +36,58 @@ pub fn run(runtime: &Runtime, path: &Path, time: Duration) -> Result<()> {
                 reset(runtime, path)?;
                 runtime.block_on(measure(path, zones, depth, way, time))
             };
+            let (mut theirs, mut writes, mut appends) = (Vec::new(), Vec::new(), Vec::new());
             // In turns, so that what the machine does meanwhile meets both.
-            let mut sums = [0.0; 3];
-            for _ in 0..2 {
+            for _ in 0..rounds {
+                writes.push(ours(Way::Write)?);
                 reset(runtime, path)?;
-                sums[0] += fio(path, &geometry, zones, depth, time)? / 2.0;
-                sums[1] += ours(Way::Write)? / 2.0;
-                sums[2] += ours(Way::Append)? / 2.0;
+                theirs.push(fio(path, &geometry, zones, depth, time)?);
+                appends.push(ours(Way::Append)?);
             }
-            let [fio, write, append] = sums;
             println!(
-                "{zones:>6} {depth:>6} {fio:>10.1} {write:>10.1} {append:>10.1} {:>8.2} {:>8.2}",
-                write / fio,
-                append / fio
+                "{zones:>6} {depth:>6} {:>8.1} {:>8.1} {:>8.1}   {:<18} {:<18}",
+                median(&theirs),
+                median(&writes),
+                median(&appends),
+                ratios(&writes, &theirs),
+                ratios(&appends, &theirs)
             );
         }
     }
     Ok(())
 }
 
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or_default()
+}
+
+/// The median ratio of figures of the same round, and in which range all lie.
+fn ratios(ours: &[f64], theirs: &[f64]) -> String {
+    let ratios: Vec<f64> = ours
+        .iter()
+        .zip(theirs)
+        .map(|(ours, theirs)| ours / theirs)
+        .collect();
+    let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = ratios.iter().copied().fold(0.0, f64::max);
+    format!("{:.2} ({least:.2}-{most:.2})", median(&ratios))
+}
+
 /// MiB a second of fio with `zones` jobs, which share the depth.
 fn fio(path: &Path, geometry: &Geometry, zones: u32, depth: u32, time: Duration) -> Result<f64> {
     let mut fio = Command::new("fio");
-    fio.arg("--output-format=json")
-        .args(match is_namespace(path) {
-            true => ["--ioengine=io_uring_cmd", "--cmd_type=nvme"],
-            false => ["--ioengine=io_uring", "--direct=1"],
-        })
-        .args(["--zonemode=zbd", "--rw=write", "--thread=1"])
+    fio.arg("--output-format=json");
+    match is_namespace(path) {
+        false => fio.args(["--ioengine=io_uring", "--direct=1"]),
+        // One queue of the drive for each job: where a job changes its processor in between, its writes pass each other.
+        true => fio
+            .args(["--ioengine=io_uring_cmd", "--cmd_type=nvme"])
+            .arg(format!("--cpus_allowed=0-{}", processors() - 1))
+            .arg("--cpus_allowed_policy=split"),
+    };
+    fio.args(["--zonemode=zbd", "--rw=write", "--thread=1"])
         .args(["--group_reporting=1", "--time_based=1"]);
     fio.arg(format!("--bs={BLOCK}"))
         .arg(format!("--runtime={}", time.as_secs()));
@@ -83,6 +110,10 @@ fn fio(path: &Path, geometry: &Geometry, zones: u32, depth: u32, time: Duration)
     let report: serde_json::Value = serde_json::from_slice(&output.stdout[json..])?;
     let bytes = report["jobs"][0]["write"]["bw_bytes"].as_f64();
     Ok(bytes.context("fio says no bandwidth")? / f64::from(1 << 20))
+}
+
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// Resets all zones; blkzone wants the device for itself, of which the ring lets go in its own time.

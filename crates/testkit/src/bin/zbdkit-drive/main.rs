@@ -54,8 +54,11 @@ enum Verb {
         /// The drive
         device: PathBuf,
         /// Seconds of each measurement
-        #[arg(long, default_value_t = 2)]
+        #[arg(long, default_value_t = 1)]
         seconds: u64,
+        /// How often each is measured
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
     },
 }
 
@@ -94,7 +97,11 @@ fn run(verb: Verb) -> Result<()> {
             let subject = Subject::open(&runtime, &device, None)?;
             runtime.block_on(flood::run(&subject.device, &command))
         }
-        Verb::Bench { device, seconds } => bench::run(&runtime, &device, Duration::from_secs(seconds)),
+        Verb::Bench {
+            device,
+            seconds,
+            rounds,
+        } => bench::run(&runtime, &device, Duration::from_secs(seconds), rounds),
     }
 }
 

@@ -123,6 +123,7 @@ async fn behind(path: &Path, geometry: &Geometry, command: &str) -> Result<Strin
         block_size: facts.logical_block_size,
         read_only: false,
         zones: facts.zones.context("no zones")?,
+        zns: zbdkit_zone::Zns::NONE,
     };
     let size = geometry.zone_size();
     let start = zone.parse::<u64>()? * size;

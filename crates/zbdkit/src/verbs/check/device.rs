@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use zbdkit_block::host_device::sysfs::{DeviceNumber, Sysfs};
-use zbdkit_block::host_device::{Access, Look, is_claimed, users};
+use zbdkit_block::host_device::{Access, Look, ZoneAdvice, is_claimed, users};
 use zbdkit_block::{Limits, OpenOptions};
 use zbdkit_zone::{Condition, ZoneType};
 
@@ -97,6 +97,11 @@ fn examine(path: &Path) -> anyhow::Result<Examination> {
             .unwrap_or_default(),
         claimed,
         zones,
+        // Disks that the kernel shows as zoned say all of it there.
+        advice: facts
+            .as_ref()
+            .filter(|facts| readable && facts.zones.is_none())
+            .and_then(|_| ZoneAdvice::of_disk(path)),
         opened,
         facts,
     })

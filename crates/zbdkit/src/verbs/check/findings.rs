@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use zbdkit_block::host_device::sysfs::{BlockFacts, ZoneFacts};
-use zbdkit_block::host_device::{Access, User};
+use zbdkit_block::host_device::{Access, User, ZoneAdvice};
 use zbdkit_block::{Limits, format_size};
 use zbdkit_export::vhost_user_blk;
 use zbdkit_zone::Geometry;
@@ -13,6 +13,7 @@ use zbdkit_zone::Geometry;
 use crate::image::shell_quoted;
 use crate::output::printable;
 use crate::shapes::model_name;
+use crate::verbs::list::{described_advice, described_areas};
 use crate::verbs::serve::DEFAULT_QUEUE_SIZE;
 
 /// What `--json` shows.
@@ -89,6 +90,8 @@ pub struct Examination {
     pub claimed: Option<bool>,
     /// How many zones are conventional, offline, read-only and open, or why that is not known; absent without zones.
     pub zones: Option<Result<Counts, String>>,
+    /// What a host-aware SCSI disk advises.
+    pub advice: Option<ZoneAdvice>,
     /// The limits that it has once opened as it would be for a door, or why it could not be opened. Absent where that was
     /// not tried, because it is plain that it fails.
     pub opened: Option<Result<Limits, String>>,
@@ -131,6 +134,7 @@ impl Examination {
             findings.push(cache(facts));
         }
         findings.extend(self.zones());
+        findings.extend(self.extras());
         findings.push(match &self.opened {
             Some(Ok(_)) => Finding::new(
                 "opening",
@@ -275,6 +279,37 @@ impl Examination {
                 )
             }
         })
+    }
+}
+
+impl Examination {
+    /// What only some drives have beside their zones.
+    fn extras(&self) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        if let Some(Ok(limits)) = &self.opened
+            && let Some(geometry) = &limits.zoned
+        {
+            if let Some(zrwa) = geometry.zrwa() {
+                let mut says = described_areas(zrwa.size, zrwa.granularity, zrwa.count);
+                if !zrwa.explicit_commit {
+                    says += "; not by command, only by writes behind them";
+                }
+                findings.push(Finding::new("random writes", Verdict::Ok, says));
+            }
+            match geometry.extension_size() {
+                0 => {}
+                bytes => findings.push(Finding::new(
+                    "extensions",
+                    Verdict::Ok,
+                    format!("each zone's descriptor can have {bytes} bytes more"),
+                )),
+            }
+        }
+        let advice = self
+            .advice
+            .and_then(|advice| described_advice(advice.open, advice.non_sequential));
+        findings.extend(advice.map(|says| Finding::new("advice", Verdict::Note, says)));
+        findings
     }
 }
 

@@ -18,6 +18,8 @@ pub struct Command {
     /// Words behind the name, at least and at most.
     min: usize,
     max: Option<usize>,
+    /// An option that is not counted among them.
+    flag: Option<&'static str>,
     arguments: &'static str,
     what: &'static str,
     more: &'static str,
@@ -36,6 +38,7 @@ const fn command(
         short,
         min,
         max,
+        flag: None,
         arguments,
         what,
         more: "",
@@ -64,8 +67,36 @@ const READ_OPTIONS: &str = "
 
  Example: 'read -v 512 1k' - dumps 1 kilobyte read from 512 bytes";
 
+const OPEN_MORE: &str = "
+ -r, -- with a random write area (ZRWA): what is written in it, behind the write
+        pointer, can be written in any order and again, until it is committed.
+        Only for zones that are empty or closed; they keep it until they are full,
+        reset or finished
+
+ Example: 'zo -r 64M 64M' - opens the zone at 64 MiB with a random write area";
+
+const COMMIT_MORE: &str = "
+ The write pointer moves to the end: what lies below is written for good. It lies
+ in the random write area (ZRWA) or at its end, and is a multiple of the device's
+ granularity from the zone's start, or the end of the zone's capacity.
+
+ Example: 'zcm 0x4010000' - commits the first 64 KiB of the zone at 64 MiB";
+
+const SET_EXT_MORE: &str = "
+ -f, -- the content is that of this file; what it is too short for are zeros
+ -P, -- fill with this byte instead of 0xcd
+
+ The zone is closed afterwards, and keeps the extension until it is reset.
+
+ Example: 'zse -P 0x5a 64M' - attaches an extension to the zone at 64 MiB";
+
+const GET_EXT_MORE: &str = "
+ -f, -- write it to this file instead of dumping it
+
+ Example: 'zge 64M' - dumps the extension of the zone at 64 MiB";
+
 /// Sorted by name, as the help shows them.
-static COMMANDS: [Command; 20] = [
+static COMMANDS: [Command; 23] = [
     command(
         "aio_flush",
         "",
@@ -208,6 +239,17 @@ static COMMANDS: [Command; 20] = [
         "offset len",
         "close a range of zones in zone block device",
     ),
+    Command {
+        more: COMMIT_MORE,
+        ..command(
+            "zone_commit",
+            "zcm",
+            1,
+            Some(1),
+            "end",
+            "commit the random write area of a zone up to an offset",
+        )
+    },
     command(
         "zone_finish",
         "zf",
@@ -216,14 +258,29 @@ static COMMANDS: [Command; 20] = [
         "offset len",
         "finish a range of zones in zone block device",
     ),
-    command(
-        "zone_open",
-        "zo",
-        2,
-        Some(2),
-        "offset len",
-        "explicit open a range of zones in zone block device",
-    ),
+    Command {
+        more: GET_EXT_MORE,
+        ..command(
+            "zone_get_ext",
+            "zge",
+            1,
+            None,
+            "[-f file] start",
+            "show the descriptor extension of a zone",
+        )
+    },
+    Command {
+        flag: Some("-r"),
+        more: OPEN_MORE,
+        ..command(
+            "zone_open",
+            "zo",
+            2,
+            Some(2),
+            "[-r] offset len",
+            "explicit open a range of zones in zone block device",
+        )
+    },
     command(
         "zone_report",
         "zrp",
@@ -240,6 +297,17 @@ static COMMANDS: [Command; 20] = [
         "offset len",
         "reset a zone write pointer in zone block device",
     ),
+    Command {
+        more: SET_EXT_MORE,
+        ..command(
+            "zone_set_ext",
+            "zse",
+            1,
+            None,
+            "[-f file | -P pattern] start",
+            "attach a descriptor extension to an empty zone",
+        )
+    },
 ];
 
 fn find(name: &str) -> Option<&'static Command> {
@@ -276,18 +344,22 @@ impl Shell {
 
     async fn dispatch(&mut self, line: &str) -> anyhow::Result<Step> {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
-        let Some((called, words)) = words.split_first() else {
+        let Some((&called, words)) = words.split_first() else {
             return Ok(Step::Done);
         };
         let Some(command) = find(called) else {
             complain_plain(format_args!("command \"{called}\" not found"));
             return Ok(Step::Failed);
         };
+        let is_flag = |word: &&str| command.flag == Some(*word);
+        let flagged = words.iter().any(is_flag);
+        let words: Vec<&str> = words.iter().copied().filter(|word| !is_flag(word)).collect();
+        let words = words.as_slice();
         if let Some(message) = command.wrong_count(called, words.len()) {
             complain_plain(message);
             return Ok(Step::Failed);
         }
-        if let Some((op, what)) = operation(command.name) {
+        if let Some((op, what)) = operation(command.name, flagged) {
             return self.zone_manage(op, what, words).await;
         }
         match command.name {
@@ -296,6 +368,9 @@ impl Shell {
             "discard" => self.discard(command, words).await,
             "zone_report" => self.zone_report(words).await,
             "zone_append" => self.zone_append(command, words).await,
+            "zone_commit" => self.zone_commit(words).await,
+            "zone_set_ext" => self.zone_set_ext(command, words).await,
+            "zone_get_ext" => self.zone_get_ext(command, words).await,
             "aio_flush" => self.aio_flush().await,
             "flush" => match self.device.flush(&self.lane).await {
                 Ok(()) => Ok(Step::Done),
@@ -386,5 +461,9 @@ mod tests {
             Some("bad argument count 0 to write, expected at least 2 arguments")
         );
         assert_eq!(wrong("zap", 5), None);
+        assert_eq!(
+            wrong("zo", 3).as_deref(),
+            Some("bad argument count 3 to zo, expected 2 arguments")
+        );
     }
 }

@@ -9,6 +9,7 @@ mod number;
 mod options;
 mod stats;
 mod transfer;
+mod zns;
 mod zone;
 
 use std::io::BufRead;
@@ -23,7 +24,7 @@ use crate::image::{ImageArgs, Session};
 use crate::output::{Out, complain};
 use aio::InFlight;
 
-/// Exercise an image with qemu-io's commands: zrp zo zc zf zrs zap, read, write, ...
+/// Exercise an image with qemu-io's commands: zrp zo zc zf zrs zap, read, write, ...; and zcm zse zge for what only NVMe has
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Io {
@@ -107,6 +108,7 @@ Examples:
   zbdkit io -r disk.raw -c 'read -v 0 512'
   zbdkit io --image-opts driver=memory,size=1G -c 'write 0 64k'
   zbdkit io -n --image-opts driver=host_device,filename=/dev/nullb0 -c 'zrp 0 3'
+  zbdkit io /dev/ng0n1 -c 'zo -r 0 64M' -c 'write 4k 4k' -c 'write 0 4k' -c 'zcm 8k'
   echo help | zbdkit io disk.raw
 
 Commands:
@@ -116,6 +118,10 @@ Commands:
   zone_finish (zf) OFFSET LEN         the whole device is one operation
   zone_reset (zrs) OFFSET LEN
   zone_append (zap) [-p] OFFSET LEN.. append to the zone at OFFSET, -p shows where it went
+  zone_open -r (zo -r) OFFSET LEN     open with a random write area (NVMe's ZRWA),
+  zone_commit (zcm) END               and move the write pointer over what is in it
+  zone_set_ext (zse) [-f FILE | -P PATTERN] START   attach a descriptor extension,
+  zone_get_ext (zge) [-f FILE] START                and show it or write it to a file
   read write readv writev discard flush aio_read aio_write aio_flush length info sleep help quit
   'help COMMAND' explains one. Numbers are bytes, with k, M, G, T, P, E, or 0x...
 

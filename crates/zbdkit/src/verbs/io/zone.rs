@@ -154,9 +154,10 @@ impl Shell {
     }
 }
 
-/// How each management command is carried out, and its name in messages.
-pub fn operation(command: &str) -> Option<(ZoneOp, &'static str)> {
+/// How each management command is carried out, and its name in messages; `flagged` if it was given the option that it has.
+pub fn operation(command: &str, flagged: bool) -> Option<(ZoneOp, &'static str)> {
     match command {
+        "zone_open" if flagged => Some((ZoneOp::OpenZrwa, "zone open")),
         "zone_open" => Some((ZoneOp::Open, "zone open")),
         "zone_close" => Some((ZoneOp::Close(CloseEmpty::ToEmpty), "zone close")),
         "zone_finish" => Some((ZoneOp::Finish, "zone finish")),

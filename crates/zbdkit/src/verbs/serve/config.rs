@@ -5,9 +5,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 use serde::Deserialize;
+use uuid::Uuid;
 use zbdkit_block::{Graph, did_you_mean};
 
-use super::{DEFAULT_POLL_US, DEFAULT_QUEUE_SIZE, DevicePlan, DoorKind, DoorPlan, Plan, open_options};
+use super::namespace::Shown;
+use super::{
+    DEFAULT_POLL_US, DEFAULT_QUEUE_SIZE, DevicePlan, DoorKind, DoorPlan, MaxTransfer, Plan, max_transfer,
+    open_options,
+};
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -52,6 +57,7 @@ struct NvmeEntry {
     serial: Option<String>,
     #[serde(default = "poll_us")]
     poll_us: u32,
+    max_transfer: Option<String>,
     #[serde(default)]
     namespace: Vec<NamespaceEntry>,
 }
@@ -66,6 +72,9 @@ struct NamespaceEntry {
     direct: bool,
     #[serde(default = "beside")]
     run_state: String,
+    uuid: Option<String>,
+    #[serde(default)]
+    read_across_zones: bool,
 }
 
 fn beside() -> String {
@@ -118,6 +127,7 @@ fn add_device(plan: &mut Plan, entry: DeviceEntry) -> anyhow::Result<()> {
         graph: Graph::parse(&entry.image)?,
         options: open_options(entry.read_only, entry.direct, &entry.run_state)?,
         name: entry.image,
+        shown: Shown::default(),
     });
     plan.doors
         .extend(entry.vhost_user_blk.into_iter().map(|door| DoorPlan {
@@ -139,18 +149,31 @@ fn add_controller(plan: &mut Plan, entry: NvmeEntry) -> anyhow::Result<()> {
         "the controller at {} has no namespace, as in [[nvme.namespace]]",
         entry.socket.display()
     );
+    let max_transfer = match &entry.max_transfer {
+        Some(text) => max_transfer(text).map_err(|why| anyhow::anyhow!("max-transfer {text:?}: {why}"))?,
+        None => MaxTransfer::default(),
+    };
     let first = plan.devices.len();
     for namespace in entry.namespace {
         plan.devices.push(DevicePlan {
             graph: Graph::parse(&namespace.image)?,
             options: open_options(namespace.read_only, namespace.direct, &namespace.run_state)?,
             name: namespace.image,
+            shown: Shown {
+                uuid: namespace
+                    .uuid
+                    .as_deref()
+                    .map(Uuid::parse_str)
+                    .transpose()
+                    .context("uuid")?,
+                read_across_zones: namespace.read_across_zones,
+            },
         });
     }
     plan.doors.push(DoorPlan {
         socket: entry.socket,
         devices: (first..plan.devices.len()).collect(),
-        kind: DoorKind::Nvme,
+        kind: DoorKind::Nvme { max_transfer },
         queues: entry.queues,
         serial: entry.serial,
         poll: Duration::from_micros(entry.poll_us.into()),
@@ -204,7 +227,12 @@ mod tests {
         assert_eq!((plan.doors[0].queues, plan.doors[1].queues), (Some(2), Some(16)));
         assert_eq!(
             (plan.doors[1].kind, &plan.doors[1].devices[..]),
-            (DoorKind::Nvme, &[1][..])
+            (
+                DoorKind::Nvme {
+                    max_transfer: MaxTransfer::default()
+                },
+                &[1][..]
+            )
         );
     }
 
@@ -218,6 +246,23 @@ mod tests {
         assert!(error.contains("(did you mean \"socket\"?)"), "{error}");
         let error = error_of("[[device]]\nimage = \"a\"\n[[device.vhost-usr-blk]]\nsocket = \"s\"\n");
         assert!(error.contains("(did you mean \"vhost-user-blk\"?)"), "{error}");
+    }
+
+    #[test]
+    fn a_namespace_is_shown_as_it_says() {
+        let text = "[[nvme]]\nsocket = \"s\"\nmax-transfer = \"8K\"\n[[nvme.namespace]]\nimage = \"a\"\n";
+        let uuid = "uuid = \"6ba7b810-9dad-11d1-80b4-00c04fd430c8\"\nread-across-zones = true\n";
+        let plan = plan(&format!("{text}{uuid}")).unwrap();
+        assert_eq!(
+            plan.doors[0].kind,
+            DoorKind::Nvme {
+                max_transfer: MaxTransfer(1)
+            }
+        );
+        let shown = plan.devices[0].shown;
+        assert!(shown.uuid.is_some() && shown.read_across_zones);
+        assert!(error_of(&format!("{text}uuid = \"1\"\n")).starts_with("uuid: "));
+        assert!(error_of(&text.replace("8K", "12K")).contains("a power of two from 8K to 16M"));
     }
 
     #[test]

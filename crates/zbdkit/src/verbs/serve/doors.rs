@@ -8,8 +8,9 @@ use zbdkit_io::BackendKind;
 use zbdkit_nvme::{Namespace, NamespaceOptions, Subsystem, SubsystemOptions};
 
 use super::hints::{Client, Hint};
+use super::namespace::Shown;
 use super::service::Handed;
-use super::{DoorKind, DoorPlan, SYSTEMD};
+use super::{DoorKind, DoorPlan, MaxTransfer, SYSTEMD};
 
 /// A bound socket with what is behind it.
 pub(super) struct Door {
@@ -62,7 +63,11 @@ impl Handle {
 }
 
 impl Door {
-    pub(super) fn bind(plan: &DoorPlan, devices: Vec<Device>, handed: &mut Handed) -> anyhow::Result<Door> {
+    pub(super) fn bind(
+        plan: &DoorPlan,
+        devices: Vec<(Device, Shown)>,
+        handed: &mut Handed,
+    ) -> anyhow::Result<Door> {
         let (handed, socket) = if plan.socket.as_os_str() == SYSTEMD {
             let (fd, path) = handed.next()?;
             (Some(fd), path)
@@ -75,10 +80,12 @@ impl Door {
         };
         let (server, client) = match plan.kind {
             DoorKind::VhostUserBlk { queue_size } => {
-                let device = devices.into_iter().next().context("there is no image")?;
+                let (device, _) = devices.into_iter().next().context("there is no image")?;
                 vhost_user_blk(plan, device, queue_size, listening)?
             }
-            DoorKind::Nvme => (nvme(plan, devices, listening)?, Client::VfioUser),
+            DoorKind::Nvme { max_transfer } => {
+                (nvme(plan, devices, max_transfer, listening)?, Client::VfioUser)
+            }
         };
         Ok(Door {
             server,
@@ -110,8 +117,13 @@ fn vhost_user_blk(
     Ok((Server::VhostUserBlk(server), client))
 }
 
-fn nvme(plan: &DoorPlan, devices: Vec<Device>, socket: Socket) -> anyhow::Result<Server> {
-    let first = devices.first().context("there is no namespace")?;
+fn nvme(
+    plan: &DoorPlan,
+    devices: Vec<(Device, Shown)>,
+    max_transfer: MaxTransfer,
+    socket: Socket,
+) -> anyhow::Result<Server> {
+    let (first, _) = devices.first().context("there is no namespace")?;
     // The same subsystem each time its first image is served.
     let uuid = uuid_of(first).unwrap_or_else(Uuid::new_v4);
     let names = SubsystemOptions {
@@ -120,10 +132,10 @@ fn nvme(plan: &DoorPlan, devices: Vec<Device>, socket: Socket) -> anyhow::Result
         model: "zbdkit".to_owned(),
         firmware: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let namespace = |(index, device): (usize, Device)| {
+    let namespace = |(index, (device, shown)): (usize, (Device, Shown))| {
         let options = NamespaceOptions {
-            uuid: uuid_of(&device),
-            ..NamespaceOptions::default()
+            uuid: shown.uuid.or_else(|| uuid_of(&device)),
+            read_across_zones: shown.read_across_zones,
         };
         Namespace::new(device, &options).with_context(|| format!("namespace {}", index + 1))
     };
@@ -138,6 +150,7 @@ fn nvme(plan: &DoorPlan, devices: Vec<Device>, socket: Socket) -> anyhow::Result
         io_queues,
         threads: threads().min(io_queues),
         busy_poll: plan.poll,
+        max_transfer: max_transfer.0,
         ..options
     };
     let subsystem = Subsystem::new(names, namespaces)?;

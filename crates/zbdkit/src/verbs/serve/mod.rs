@@ -3,6 +3,7 @@
 mod config;
 mod doors;
 mod hints;
+mod namespace;
 mod service;
 
 use std::ffi::OsString;
@@ -14,12 +15,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use zbdkit_block::{Device, Graph, OpenOptions, RunStateMode, run_state_of};
+use zbdkit_block::{Device, Graph, OpenOptions, RunStateMode, parse_size, run_state_of};
 use zbdkit_io::BackendKind;
 
 use crate::image::{ImageArgs, Session};
 use crate::output::{Out, Usage, complain, describe};
 use doors::{Door, Handle, Server};
+use namespace::{Argument, Shown};
 use service::{Event, Handed};
 
 /// Serve images to virtual machines until SIGTERM or SIGINT
@@ -43,13 +45,20 @@ pub struct Serve {
     #[arg(long, value_name = "SOCKET", requires = "namespace", conflicts_with = "image")]
     pub nvme: Option<PathBuf>,
 
-    /// A namespace of the controller: an image, as IMAGE. May be given several times; the first is namespace 1
-    #[arg(long, value_name = "IMAGE", requires = "nvme")]
+    /// A namespace of the controller: an image, as IMAGE, and behind it how it is opened and shown. Its options are
+    /// read-only=on, direct=on, run-state=WHERE, uuid=UUID and read-across-zones=on. What its zones have is the image's:
+    /// append limit, random write areas, descriptor extensions (see 'zbdkit create'). May be given several times; the first
+    /// is namespace 1
+    #[arg(long, value_name = "IMAGE[,OPTION=VALUE]...", requires = "nvme")]
     pub namespace: Vec<OsString>,
+
+    /// Most data of a command of the controller (MDTS): a power of two from 8K to 16M
+    #[arg(long, value_name = "BYTES", requires = "nvme", value_parser = max_transfer, default_value = "1M")]
+    pub max_transfer: MaxTransfer,
 
     /// Serve what this file says
     #[arg(long, value_name = "FILE", conflicts_with_all = ["image", "image_opts", "vhost_user_blk", "nvme",
-        "namespace", "serial", "read_only", "direct", "run_state", "queues", "queue_size", "poll_us"])]
+        "namespace", "max_transfer", "serial", "read_only", "direct", "run_state", "queues", "queue_size", "poll_us"])]
     pub config: Option<PathBuf>,
 
     /// Request queues, each with a thread of its own, 1 to 256 [default: one a CPU, at most 4]. Of an NVMe controller:
@@ -96,7 +105,7 @@ const AFTER_HELP: &str = "\
 Examples:
   zbdkit serve disk.raw --vhost-user-blk /tmp/disk.sock
   zbdkit serve driver=memory,size=1G --vhost-user-blk /tmp/ram.sock --queues 4
-  zbdkit serve --nvme /tmp/nvme.sock --namespace boot.qcow2 --namespace zones.qcow2
+  zbdkit serve --nvme /tmp/nvme.sock --namespace boot.qcow2,read-only=on --namespace zones.qcow2
   zbdkit serve --config /etc/zbdkit.toml
 
 It prints the arguments of QEMU and crosvm (NVMe: Cloud Hypervisor) to paste, then a line that begins with 'ready:', and goes on until SIGTERM or \
@@ -121,8 +130,10 @@ Configuration:
   queues = 16
   serial = \"nvme-1\"
   poll-us = 50
-  [[nvme.namespace]]           # with the keys of an image, as above
-  image = \"zones.qcow2\"";
+  max-transfer = \"1M\"
+  [[nvme.namespace]]           # with the keys of an image, as above, and:
+  image = \"zones.qcow2\"
+  read-across-zones = false";
 
 /// What is to be served.
 struct Plan {
@@ -135,6 +146,8 @@ struct DevicePlan {
     name: String,
     graph: Graph,
     options: OpenOptions,
+    /// As a namespace.
+    shown: Shown,
 }
 
 /// A way to attach devices.
@@ -154,14 +167,33 @@ enum DoorKind {
     /// virtio-blk over vhost-user, one device, with queues of this size.
     VhostUserBlk { queue_size: u16 },
     /// An NVMe controller over vfio-user.
-    Nvme,
+    Nvme { max_transfer: MaxTransfer },
+}
+
+/// Most data of an NVMe command, as a power of two of 4 KiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MaxTransfer(u8);
+
+impl Default for MaxTransfer {
+    fn default() -> MaxTransfer {
+        MaxTransfer(8)
+    }
+}
+
+fn max_transfer(text: &str) -> Result<MaxTransfer, String> {
+    match parse_size(text) {
+        Some(size @ 0x2000..=0x100_0000) if size.is_power_of_two() => {
+            Ok(MaxTransfer(size.ilog2() as u8 - 12))
+        }
+        _ => Err("it is a power of two from 8K to 16M".to_owned()),
+    }
 }
 
 impl DoorKind {
     fn name(self) -> &'static str {
         match self {
             DoorKind::VhostUserBlk { .. } => "vhost-user-blk",
-            DoorKind::Nvme => "nvme",
+            DoorKind::Nvme { .. } => "nvme",
         }
     }
 }
@@ -184,25 +216,41 @@ pub fn run(args: Serve) -> anyhow::Result<ExitCode> {
 }
 
 fn plan_of(args: Serve) -> anyhow::Result<Plan> {
-    let options = open_options(args.read_only, args.direct, &args.run_state)?;
     let poll = Duration::from_micros(args.poll_us.into());
     let (images, sockets, kind) = match args.nvme {
-        Some(socket) => (args.namespace, vec![socket], DoorKind::Nvme),
+        Some(socket) => {
+            let parsed = args.namespace.iter().map(|argument| Argument::parse(argument));
+            let max_transfer = args.max_transfer;
+            (
+                parsed.collect::<Result<_, _>>()?,
+                vec![socket],
+                DoorKind::Nvme { max_transfer },
+            )
+        }
         None => {
+            let image = args.image.map(|image| Argument {
+                image,
+                ..Argument::default()
+            });
             let queue_size = args.queue_size;
-            let images = args.image.into_iter().collect();
+            let images: Vec<_> = image.into_iter().collect();
             (images, args.vhost_user_blk, DoorKind::VhostUserBlk { queue_size })
         }
     };
-    let device = |image: OsString| {
+    let device = |argument: Argument| {
         let image = ImageArgs {
-            image,
+            image: argument.image,
             image_opts: args.image_opts,
         };
         Ok(DevicePlan {
             name: image.image.to_string_lossy().into_owned(),
             graph: image.graph()?,
-            options: options.clone(),
+            options: open_options(
+                argument.read_only.unwrap_or(args.read_only),
+                argument.direct.unwrap_or(args.direct),
+                argument.run_state.as_ref().unwrap_or(&args.run_state),
+            )?,
+            shown: argument.shown,
         })
     };
     let devices: Vec<_> = images.into_iter().map(device).collect::<anyhow::Result<_>>()?;
@@ -280,7 +328,7 @@ impl Served {
             let devices = door
                 .devices
                 .iter()
-                .map(|index| self.devices[*index].clone())
+                .map(|index| (self.devices[*index].clone(), plan.devices[*index].shown))
                 .collect();
             let door = Door::bind(door, devices, handed)
                 .with_context(|| format!("{}: {}", names.join(", "), door.kind.name()))?;

@@ -1,5 +1,5 @@
 use zbdkit_block::host_device::sysfs::ZoneFacts;
-use zbdkit_zone::{Geometry, GeometrySpec, Model, Zns};
+use zbdkit_zone::{Geometry, GeometrySpec, Model, Zns, Zrwa};
 
 use super::*;
 
@@ -64,6 +64,7 @@ fn free() -> Examination {
         users: Vec::new(),
         claimed: Some(false),
         zones: Some(Ok(Counts::default())),
+        advice: None,
         opened: Some(Ok(limits(SPEC))),
     }
 }
@@ -113,6 +114,39 @@ fn zones_that_the_kernel_does_not_show_are_those_of_the_opened_drive() {
         ..hidden
     };
     assert!(plain.findings()[0].says.ends_with("an ordinary disk"));
+}
+
+#[test]
+fn areas_extensions_and_advice_are_told_where_there_are_any() {
+    let zns = Zns {
+        zrwa: Some(Zrwa {
+            size: 1 << 20,
+            granularity: 64 << 10,
+            count: 1,
+            explicit_commit: false,
+        }),
+        extension_size: 128,
+    };
+    let advice = ZoneAdvice {
+        open: Some(128),
+        non_sequential: Some(16),
+        reads_above_pointer: true,
+    };
+    let has_all = Examination {
+        advice: Some(advice),
+        opened: Some(Ok(limits(GeometrySpec { zns, ..SPEC }))),
+        ..free()
+    };
+    let lines = has_all.report().lines(false);
+    for line in [
+        "ok       random writes   random write areas of 1 MiB in one zone at a time, committed by multiples of 64 KiB; not \
+         by command, only by writes behind them\n",
+        "ok       extensions      each zone's descriptor can have 128 bytes more\n",
+        "note     advice          best with at most 128 zones open, 16 written out of order\n",
+    ] {
+        assert!(lines.contains(line), "{line:?} is not in {lines}");
+    }
+    assert!(has_all.report().usable);
 }
 
 /// What is a problem, each with its fix.

@@ -4,6 +4,8 @@
 //! That one has the geometry of the simulated one, its limits, extensions and random write areas; the guest job `nvme` gives
 //! QEMU the options for them.
 
+mod areas;
+
 use std::future::{Future, poll_fn};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -374,30 +376,30 @@ fn a_descriptor_extension_stays_until_the_reset() {
 #[test]
 fn a_random_write_area_is_overwritten_until_it_is_flushed() {
     on_each(|drive| async move {
-        drive.open_with_zrwa(2 * ZONE).await.unwrap();
+        op(&drive, ZoneOp::OpenZrwa, 2).await.unwrap();
         let at = 2 * ZONE;
         for (block, seed) in [(3, 1), (0, 2), (1, 3), (3, 4), (2, 5)] {
             write(&drive, at + block * BLOCK, BLOCK, seed).await.unwrap();
         }
         assert_eq!(zone(&drive, 2).await.wp, at, "nothing is committed");
         assert_eq!(read(&drive, at + 3 * BLOCK, BLOCK).await, data(BLOCK, 4).to_vec());
-        drive.flush_zrwa(at + 4 * BLOCK).await.unwrap();
+        drive.commit_zrwa(at + 4 * BLOCK).await.unwrap();
         assert_eq!(zone(&drive, 2).await.wp, at + 4 * BLOCK);
         assert!(matches!(
             write(&drive, at + BLOCK, BLOCK, 9).await,
-            Err(Error::Zone(ZoneError::NotAtWritePointer { .. }))
+            Err(Error::Zone(ZoneError::OutsideRandomWriteArea { .. }))
         ));
         assert_eq!(
             drive.append(data(BLOCK, 1), at).await.unwrap_err(),
             Error::Zone(ZoneError::RandomWriteArea { zone: ZoneNo(2) })
         );
-        drive.open_with_zrwa(3 * ZONE).await.unwrap();
+        op(&drive, ZoneOp::OpenZrwa, 3).await.unwrap();
         assert_eq!(
-            drive.open_with_zrwa(4 * ZONE).await.unwrap_err(),
+            op(&drive, ZoneOp::OpenZrwa, 4).await.unwrap_err(),
             Error::Zone(ZoneError::NoRandomWriteArea { zone: ZoneNo(4) })
         );
         op(&drive, ZoneOp::Reset, 2).await.unwrap();
-        drive.open_with_zrwa(4 * ZONE).await.unwrap();
+        op(&drive, ZoneOp::OpenZrwa, 4).await.unwrap();
     });
 }
 
