@@ -539,6 +539,33 @@ fn a_commit_moves_areas_and_extensions_into_the_base() {
 }
 
 #[test]
+fn what_lies_above_an_area_is_zeros_over_another_base_too() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "base.qcow2");
+    exercise(&rig, &device);
+    rig.close(device);
+    let other = qcow2(&rig, "other.qcow2");
+    rig.write(&other, Z1, &pattern(9, (ZONE - 4 * BLOCK) as usize));
+    rig.close(other);
+    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
+    options.size = None;
+    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
+    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    let over = rig.open("over.qcow2");
+    let other = rig.open_read_only("other.qcow2");
+    rig.block_on(tool::rebase(&over, Some(&other), &|_, _| ()))
+        .unwrap();
+    rig.block_on(tool::set_backing(&over, Some(("other.qcow2", Some("qcow2")))))
+        .unwrap();
+    rig.close(over);
+    rig.close(other);
+    let over = rig.open("over.qcow2");
+    verify(&rig, &over);
+    finish(&rig, &over);
+    rig.close(over);
+}
+
+#[test]
 fn who_watches_hears_of_what_the_operator_does_and_of_nothing_else() {
     let rig = Rig::new();
     let device = memory(&rig);
