@@ -5,9 +5,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::demo::{self, log_of, socket_directory};
@@ -17,6 +17,7 @@ use crate::guest::Guest;
 use crate::nvme::{NVME_JOBS, NvmeJob};
 use crate::proc::{self, Running};
 use crate::rig::Rig;
+use crate::tally::Tally;
 use crate::ui::{heading, say};
 
 /// Compiling and running the workspace's own tests takes at most this long.
@@ -228,49 +229,6 @@ const JOBS: &[Job] = &[
         play: Play::Back(Way::Overlay, BACK),
     },
 ];
-
-/// Names and outcomes of what has run.
-#[derive(Debug, Default)]
-struct Tally {
-    passed: Vec<String>,
-    failed: Vec<String>,
-}
-
-impl Tally {
-    /// Runs one check, says how it went, and counts it.
-    fn run(&mut self, name: &str, check: impl FnOnce() -> Result<()>) {
-        let started = Instant::now();
-        let outcome = check();
-        let seconds = started.elapsed().as_secs_f32();
-        match outcome {
-            Ok(()) => {
-                say(&format!("PASS {name} ({seconds:.1} s)"));
-                self.passed.push(name.to_owned());
-            }
-            Err(error) => {
-                say(&format!(
-                    "FAIL {name} ({seconds:.1} s)\n{}",
-                    proc::indent(&format!("{error:#}"))
-                ));
-                self.failed.push(name.to_owned());
-            }
-        }
-    }
-
-    fn finish(self) -> Result<()> {
-        say(&format!(
-            "\n{} passed, {} failed",
-            self.passed.len(),
-            self.failed.len()
-        ));
-        ensure!(self.failed.is_empty(), "failed: {}", self.failed.join(", "));
-        ensure!(
-            !self.passed.is_empty(),
-            "no job has that name; see cargo xtask test --list"
-        );
-        Ok(())
-    }
-}
 
 /// Whether a job is to run. One that is only shown, and takes its time for that, must be asked for by its whole name.
 fn is_wanted(name: &str, shows: bool, filter: Option<&str>) -> bool {
@@ -595,17 +553,5 @@ mod tests {
             assert_eq!(job.geometry.size % job.geometry.zone_size, 0, "{}", job.name);
             assert!(job.geometry.max_open <= job.geometry.max_active, "{}", job.name);
         }
-    }
-
-    #[test]
-    fn a_run_without_any_job_and_a_run_with_a_failure_are_failures() {
-        assert!(Tally::default().finish().is_err());
-        let mut tally = Tally::default();
-        tally.run("good", || Ok(()));
-        tally.run("bad", || bail!("no"));
-        assert!(tally.finish().unwrap_err().to_string().contains("bad"));
-        let mut tally = Tally::default();
-        tally.run("good", || Ok(()));
-        assert!(tally.finish().is_ok());
     }
 }
