@@ -62,7 +62,7 @@ fn word(base: u64) -> impl Strategy<Value = u64> {
         2 => (0u64..4096, prop::sample::select(vec![0u64, 0x20, 0x30, 0x10, 0x01]))
             .prop_map(|(len, kind)| kind << 56 | len),
         2 => (0u64..64, prop::sample::select(vec![0x20u64, 0x30]))
-            .prop_map(|(count, kind)| kind << 56 | count * 16),
+            .prop_map(|(count, kind)| (kind << 56) | (count * 16)),
         1 => Just(0xdead_0000),
         1 => any::<u64>(),
     ]

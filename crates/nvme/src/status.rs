@@ -155,7 +155,7 @@ fn zone_status(error: &ZoneError, kind: Kind) -> Status {
         ZoneError::Boundary { .. } | ZoneError::ExceedsCapacity { .. } => Status::ZONE_BOUNDARY_ERROR,
         ZoneError::NotAtWritePointer { .. } => Status::ZONE_INVALID_WRITE,
         ZoneError::OutsideRandomWriteArea { .. } => match kind {
-            // The end of a commit.
+            // The end of a commit, as in QEMU.
             Kind::Manage | Kind::Allocate | Kind::Commit => Status::ZONE_BOUNDARY_ERROR,
             Kind::Read | Kind::Write => Status::ZONE_INVALID_WRITE,
         },

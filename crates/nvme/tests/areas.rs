@@ -340,7 +340,7 @@ fn what_the_device_does_to_zones_and_would_have_done_is_told_and_reported() {
     assert_eq!(attributes(&host, 1).into_bits(), 1 << 1);
     let (_, zones) = host.report(0, 8, 9, true);
     assert!(zones.iter().map(|zone| zone.zslba.get() / ZONE).eq([0, 1]));
-    assert_eq!(host.zone(SendAction::FINISH, 1 * ZONE), Status::SUCCESS);
+    assert_eq!(host.zone(SendAction::FINISH, ZONE), Status::SUCCESS);
     assert_eq!(attributes(&host, 1).into_bits(), 0, "the host did as it was told");
     host.set(ZoneOp::Recommend(Some(Recommendation::Reset)), 1);
     assert_eq!(attributes(&host, 1).into_bits(), 1 << 2);

@@ -1,9 +1,9 @@
-//! Which status a rule of zones is due, as the Zoned Namespace Command Set has it.
+//! Rules of zones and filters of reports in terms of the Zoned Namespace Command Set.
 
-use zbdkit_block::Error;
 use zbdkit_spec::nvme::Status;
+use zbdkit_spec::nvme::zns::ReportFilter;
 use zbdkit_zone::rules::Writable;
-use zbdkit_zone::{ZoneError, ZoneInfo};
+use zbdkit_zone::{Condition, Filter, ZoneError, ZoneInfo};
 
 /// Which rules a command falls under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,15 +14,6 @@ pub(super) enum Kind {
     Manage,
     /// The commit of a random write area.
     Commit,
-}
-
-/// The controller answered otherwise than it should.
-pub(super) fn wrong(got: impl std::fmt::Display, due: &str) -> Error {
-    println!("the controller answered {got} where {due} was due");
-    Error::Io {
-        op: "an answer of the controller",
-        errno: rustix::io::Errno::IO.raw_os_error(),
-    }
 }
 
 /// What decides whether a zone takes a write.
@@ -39,6 +30,7 @@ pub(super) fn writable(info: &ZoneInfo) -> Writable {
 pub(super) fn due(rule: &ZoneError, kind: Kind) -> Status {
     match (rule, kind) {
         (ZoneError::Unaligned { .. }, Kind::Commit) => Status::INVALID_FIELD,
+        (ZoneError::OutsideRandomWriteArea { .. }, Kind::Commit) => Status::ZONE_BOUNDARY_ERROR,
         (_, Kind::Commit) | (ZoneError::RandomWriteArea { .. }, _) => Status::INVALID_ZONE_OPERATION,
         (ZoneError::NotAtWritePointer { .. } | ZoneError::OutsideRandomWriteArea { .. }, _) => {
             Status::ZONE_INVALID_WRITE
@@ -56,5 +48,23 @@ pub(super) fn due(rule: &ZoneError, kind: Kind) -> Status {
         ) => Status::INVALID_ZONE_STATE_TRANSITION,
         (ZoneError::OutOfRange { .. }, _) => Status::LBA_OUT_OF_RANGE,
         _ => Status::INVALID_FIELD,
+    }
+}
+
+/// Which zones a report shows that has a filter of ours.
+pub(super) fn report_filter(filter: Filter) -> ReportFilter {
+    let Filter::Only(condition) = filter else {
+        return ReportFilter::ALL;
+    };
+    match condition {
+        Condition::Empty => ReportFilter::EMPTY,
+        Condition::ImplicitlyOpen => ReportFilter::IMPLICITLY_OPENED,
+        Condition::ExplicitlyOpen => ReportFilter::EXPLICITLY_OPENED,
+        Condition::Closed => ReportFilter::CLOSED,
+        Condition::Full => ReportFilter::FULL,
+        Condition::ReadOnly => ReportFilter::READ_ONLY,
+        Condition::Offline => ReportFilter::OFFLINE,
+        // No namespace has such zones, and there is no filter for them.
+        Condition::NotWritePointer => ReportFilter::ALL,
     }
 }

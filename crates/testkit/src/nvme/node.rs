@@ -4,7 +4,9 @@
 //! judged here from a report that the controller gave before the command. Commands take turns with every kind of data
 //! pointer, at every alignment that it may have.
 
+use std::fmt::Display;
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use zbdkit_block::{CrossZone, Error, Lane, Limits, Node, Request as Answer, ZoneOp};
@@ -25,7 +27,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::driver::Driver;
 use super::entry::{Done, Entry};
-use super::judge::{Kind, due, writable, wrong};
+use super::judge::{Kind, due, report_filter, writable};
 use super::pointer::Pointers;
 
 /// The queue that all commands go through.
@@ -60,6 +62,7 @@ pub struct NvmeNode {
     limits: Limits,
     geometry: Geometry,
     nsid: u32,
+    wrong: AtomicUsize,
 }
 
 /// The driver, and whose turn it is.
@@ -183,7 +186,22 @@ impl NvmeNode {
             limits,
             geometry,
             nsid,
+            wrong: AtomicUsize::new(0),
         })
+    }
+
+    /// How often the controller has answered otherwise than it should; what it said is printed.
+    pub fn wrong_answers(&self) -> usize {
+        self.wrong.load(Ordering::Relaxed)
+    }
+
+    fn wrong(&self, got: impl Display, due: &str) -> Error {
+        println!("the controller answered {got} where {due} was due");
+        self.wrong.fetch_add(1, Ordering::Relaxed);
+        Error::Io {
+            op: "an answer of the controller",
+            errno: rustix::io::Errno::IO.raw_os_error(),
+        }
     }
 
     /// The driver, between commands.
@@ -214,7 +232,7 @@ impl NvmeNode {
             .report(self.nsid, ReportFilter::ALL, self.block(start));
         match zones.as_deref() {
             Ok([zone, ..]) => Ok(self.zone_info(zone)),
-            other => Err(wrong(format_args!("{other:?}"), "a zone")),
+            other => Err(self.wrong(format_args!("{other:?}"), "a zone")),
         }
     }
 
@@ -275,10 +293,10 @@ impl NvmeNode {
             }
             .into()),
             (status, Err(rule)) if status == due(&rule, kind) && done.dnr => Err(rule.into()),
-            (_, Ok(())) => Err(wrong(format_args!("{done:?}"), "success")),
+            (_, Ok(())) => Err(self.wrong(format_args!("{done:?}"), "success")),
             (_, Err(rule)) => {
                 let due = format!("{:?} ({rule})", due(&rule, kind));
-                Err(wrong(format_args!("{done:?}"), &due))
+                Err(self.wrong(format_args!("{done:?}"), &due))
             }
         }
     }
@@ -379,24 +397,6 @@ impl NvmeNode {
         self.judge(done, Kind::Data, rule)?;
         buf.copy_from(&data);
         Ok(())
-    }
-}
-
-/// Which zones a report shows that has a filter of ours.
-fn report_filter(filter: Filter) -> ReportFilter {
-    let Filter::Only(condition) = filter else {
-        return ReportFilter::ALL;
-    };
-    match condition {
-        Condition::Empty => ReportFilter::EMPTY,
-        Condition::ImplicitlyOpen => ReportFilter::IMPLICITLY_OPENED,
-        Condition::ExplicitlyOpen => ReportFilter::EXPLICITLY_OPENED,
-        Condition::Closed => ReportFilter::CLOSED,
-        Condition::Full => ReportFilter::FULL,
-        Condition::ReadOnly => ReportFilter::READ_ONLY,
-        Condition::Offline => ReportFilter::OFFLINE,
-        // No namespace has such zones, and there is no filter for them.
-        Condition::NotWritePointer => ReportFilter::ALL,
     }
 }
 
@@ -539,7 +539,7 @@ impl Node for NvmeNode {
             match zones.as_deref() {
                 Ok([(zone, bytes)]) if zone.attributes().zdev() => Ok(Some(bytes.clone())),
                 Ok([(_, bytes)]) if *bytes == vec![0; size] => Ok(None),
-                other => Err(wrong(
+                other => Err(self.wrong(
                     format_args!("{other:?}"),
                     "a zone, with zeros where nothing is attached",
                 )),
@@ -574,11 +574,11 @@ impl Node for NvmeNode {
                         len: 0,
                         size,
                     },
-                    status => wrong(format_args!("{status:?}"), "a report"),
+                    status => self.wrong(format_args!("{status:?}"), "a report"),
                 })?;
                 for zone in zones.iter().map(|zone| self.zone_info(zone)) {
                     if !filter.matches(zone.condition) {
-                        return Err(wrong(format_args!("{zone:?}"), &format!("{filter:?}")));
+                        return Err(self.wrong(format_args!("{zone:?}"), &format!("{filter:?}")));
                     }
                     at = self.geometry.end(zone.zone);
                     if sink(zone).is_break() {

@@ -83,7 +83,7 @@ impl Device {
             })),
             2 | 3 => {
                 let access = if how == 2 { Access::Read } else { Access::Write };
-                if let Ok(buf) = dma.guard().iobuf_from([(address, len)].into_iter(), access) {
+                if let Ok(buf) = dma.guard().iobuf_from([(address, len)], access) {
                     if how == 3 {
                         buf.fill(0..buf.len(), 0x77);
                     } else {
