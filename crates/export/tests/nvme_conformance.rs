@@ -12,7 +12,7 @@ use zbdkit_block::{
 };
 use zbdkit_io::{Runtime, RuntimeOptions};
 use zbdkit_testkit::conformance;
-use zbdkit_testkit::nvme::NvmeNode;
+use zbdkit_testkit::nvme::{Driver, NvmeNode};
 
 /// 12 zones of 1 MiB, three quarters of each writable; 3 may be open, 5 active, 2 have a random write area; with extensions.
 const ZONED: &str = "driver=zoned,file.driver=memory,file.size=12M,zone.mode=host-managed,zone.size=1M,\
@@ -57,14 +57,34 @@ fn conforms(device: Device) {
         if shadow {
             driver.use_shadow_doorbells();
         }
-        let node = Arc::new(NvmeNode::new(driver, 1).unwrap());
-        let device = Device::new(node.clone());
-        let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
-        if let Err(broken) = runtime.block_on(conformance::run_on_namespace(&device)) {
-            panic!("{broken}");
+        conform(driver);
+    }
+}
+
+fn conform(driver: Driver) {
+    let node = Arc::new(NvmeNode::new(driver, 1).unwrap());
+    let device = Device::new(node.clone());
+    let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
+    if let Err(broken) = runtime.block_on(conformance::run_on_namespace(&device)) {
+        panic!("{broken}");
+    }
+    // Where the suite takes any error.
+    assert_eq!(node.wrong_answers(), 0);
+}
+
+/// A server that polls: with doorbells by messages, which it has to understand all the same, and with doorbells that the
+/// driver maps, for one driver after the other.
+#[test]
+fn a_controller_that_polls_conforms_with_doorbells_mapped_and_not() {
+    let rig = Rig::over(open(ZONED), |options| options.polls = true);
+    for mapped in [false, true, true] {
+        let mut driver = rig.driver();
+        if mapped {
+            driver.map_doorbells();
         }
-        // Where the suite takes any error.
-        assert_eq!(node.wrong_answers(), 0);
+        driver.enable();
+        driver.make_io_queues(1);
+        conform(driver);
     }
 }
 

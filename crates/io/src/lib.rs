@@ -42,4 +42,4 @@ pub use runtime::{
     TaskPool, add_poll_source, readable, sleep, spawn, submit, yield_now,
 };
 pub use unblock::unblock;
-pub use words::{WordStore, Words};
+pub use words::{SharedDwords, WordStore, Words};

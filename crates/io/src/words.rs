@@ -1,14 +1,16 @@
-//! Shared words: aligned 64-bit values in a mapped file, which a killed process leaves behind.
+//! Shared words: aligned values in a mapped file, 64-bit ones that a killed process leaves behind, and 32-bit ones that another
+//! process writes.
 
 #![expect(unsafe_code, reason = "maps a file and accesses it as atomics")]
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::file::File;
@@ -126,10 +128,55 @@ impl fmt::Debug for Words {
     }
 }
 
+/// A row of 32-bit words in native byte order that other processes can map as well, and write at any time: doorbells. Stores
+/// are `Release`, loads are `Acquire`.
+#[derive(Clone, Debug)]
+pub struct SharedDwords {
+    fd: Arc<OwnedFd>,
+    words: Arc<Mapping>,
+}
+
+impl SharedDwords {
+    /// Makes `count` words of zero, an even number, in memory that nobody can cut short.
+    pub fn new(count: usize) -> io::Result<SharedDwords> {
+        let fd = memfd_create("words", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        rustix::fs::ftruncate(&fd, count as u64 * 4)?;
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        SharedDwords::map(fd, count)
+    }
+
+    /// Maps the first `count` words, an even number, of what somebody else made.
+    pub fn map(fd: OwnedFd, count: usize) -> io::Result<SharedDwords> {
+        let Store::Mapped(words) = Words::map_fd(fd.as_fd(), 0, count / 2)?.store else {
+            return Err(invalid("no mapping"));
+        };
+        Ok(SharedDwords {
+            fd: Arc::new(fd),
+            words,
+        })
+    }
+
+    /// What another process maps.
+    pub fn fd(&self) -> &Arc<OwnedFd> {
+        &self.fd
+    }
+
+    /// The value of a word. Panics for an index past the end.
+    pub fn load(&self, index: usize) -> u32 {
+        self.words.dword(index).load(Ordering::Acquire)
+    }
+
+    /// Sets a word. Panics for an index past the end.
+    pub fn store(&self, index: usize, value: u32) {
+        self.words.dword(index).store(value, Ordering::Release);
+    }
+}
+
 fn invalid(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text.to_owned())
 }
 
+#[derive(Debug)]
 struct Mapping {
     base: NonNull<std::ffi::c_void>,
     len: usize,
@@ -154,6 +201,19 @@ impl Mapping {
                 .as_ptr()
                 .byte_add(self.skip + index * 8)
                 .cast::<AtomicU64>()
+        }
+    }
+
+    /// Half a word. A mapping is accessed by words or by halves, never by both.
+    fn dword(&self, index: usize) -> &AtomicU32 {
+        assert!(index / 2 < self.count, "word {index} of {}", 2 * self.count);
+        // SAFETY: as in `word`, aligned to 4 bytes.
+        unsafe {
+            &*self
+                .base
+                .as_ptr()
+                .byte_add(self.skip + index * 4)
+                .cast::<AtomicU32>()
         }
     }
 }

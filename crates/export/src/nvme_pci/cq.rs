@@ -67,7 +67,7 @@ impl Cq {
     fn room(&self, memory: &MemGuard) -> u32 {
         let head = match self.shadow.get() {
             Some(shadow) => load_u32(memory, shadow.value, Ordering::Acquire).unwrap_or(u32::MAX),
-            None => self.front.doorbells.head(self.id).load(Ordering::Acquire),
+            None => self.front.doorbells.head(self.id),
         };
         if head >= self.entries {
             return 0;
@@ -129,7 +129,7 @@ impl Cq {
 
     /// Starts to use shadow doorbells, from where the register is.
     pub(super) fn set_shadow(&self, memory: &MemGuard, shadow: Shadow) {
-        let head = self.front.doorbells.head(self.id).load(Ordering::Acquire);
+        let head = self.front.doorbells.head(self.id);
         let _ = store_u32(memory, shadow.value, head, Ordering::Release);
         let _ = store_u32(memory, shadow.event_index, head, Ordering::Release);
         self.shadow.set(Some(shadow));

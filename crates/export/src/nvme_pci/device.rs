@@ -1,13 +1,15 @@
 //! The PCI function as the vfio-user server sees it: regions, interrupts, and the life of a connection.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use zbdkit_io::SharedDwords;
 use zbdkit_nvme::{Controller, ControllerOptions, Subsystem};
 use zbdkit_spec::nvme::controller::{Cc, offset};
 use zbdkit_spec::vfio_user::{pci_irq, pci_region};
-use zbdkit_vfio_user::{Device, IrqKind, Link, Region, Stuck};
+use zbdkit_vfio_user::{Device, IrqKind, Link, Mmap, Region, Stuck};
 
 use super::config::{self, ConfigSpace, Layout, VENDOR_ID};
 use super::control::follow;
@@ -27,6 +29,8 @@ pub(super) struct Function {
     irqs: Vec<IrqKind>,
     layout: Layout,
     config: ConfigSpace,
+    /// BAR0 up to the doorbells' end, of which only they are used.
+    doorbells: SharedDwords,
     workers: Vec<WorkerThread>,
     handles: Arc<[WorkerHandle]>,
     drain_within: Duration,
@@ -36,13 +40,19 @@ pub(super) struct Function {
 }
 
 impl Function {
-    /// `controller` has what its user chooses; what is this transport's is added here.
+    /// `controller` has what its user chooses; what is this transport's is added here. `polls`: the workers look at the
+    /// doorbells all the time, so clients may map them.
+    ///
+    /// # Errors
+    /// Out of file descriptors or memory.
     pub(super) fn new(
         subsystem: Arc<Subsystem>,
         controller: ControllerOptions,
         workers: Vec<WorkerThread>,
         drain_within: Duration,
-    ) -> Function {
+        polls: bool,
+    ) -> io::Result<Function> {
+        let doorbells = SharedDwords::new(2 * PAGE as usize / 4)?;
         // Registers, doorbells, MSI-X table and pending bits, each with pages of its own.
         let vectors = controller.io_queues + 1;
         let table = (u64::from(vectors) * 16).next_multiple_of(PAGE);
@@ -64,17 +74,23 @@ impl Function {
                 mmap: None,
             };
         }
+        regions[pci_region::BAR0 as usize].mmap = polls.then(|| Mmap {
+            fd: doorbells.fd().clone(),
+            offset: 0,
+            areas: vec![offset::DOORBELLS..offset::DOORBELLS + PAGE],
+        });
         let mut irqs = vec![IrqKind::default(); pci_irq::COUNT];
         irqs[pci_irq::MSIX as usize].count = vectors.into();
         let handles = workers.iter().map(|worker| worker.handle().clone()).collect();
-        Function {
+        Ok(Function {
             subsystem,
             options: ControllerOptions {
                 queue_entries: 4096,
                 max_page: 4,
                 // SGLs of any alignment.
                 sgls: 1,
-                doorbell_buffers: true,
+                // Who writes the registers' memory needs no other.
+                doorbell_buffers: !polls,
                 pci_vendor: [VENDOR_ID; 2],
                 ..controller
             },
@@ -82,12 +98,13 @@ impl Function {
             irqs,
             config: ConfigSpace::new(&layout),
             layout,
+            doorbells,
             workers,
             handles,
             drain_within,
             front: None,
             left_behind: None,
-        }
+        })
     }
 
     /// The register that a dword of BAR0 is part of, shifted into place.
@@ -148,7 +165,7 @@ impl Device for Function {
         }
         self.config = ConfigSpace::new(&self.layout);
         let controller = Controller::new(&self.subsystem, self.options.clone());
-        let front = Arc::new(Front::new(link, controller));
+        let front = Arc::new(Front::new(link, controller, self.doorbells.clone()));
         self.front = Some(front.clone());
         let workers = self.handles.clone();
         self.handles[0].spawn(move |worker| follow(worker, front, workers));

@@ -6,9 +6,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
+use zbdkit_io::SharedDwords;
 use zbdkit_nvme::Controller;
-use zbdkit_spec::nvme::controller::Cc;
+use zbdkit_spec::nvme::controller::{Cc, offset};
 use zbdkit_vfio_user::Link;
+
+/// The first doorbell as a dword of BAR0.
+const FIRST_DOORBELL: usize = offset::DOORBELLS as usize / 4;
 
 /// One connection.
 pub(super) struct Front {
@@ -23,64 +27,77 @@ pub(super) struct Front {
     changed: Condvar,
 }
 
-/// The doorbell registers: submission queue tails and completion queue heads, as the host wrote them.
+/// The doorbell registers: submission queue tails and completion queue heads in turn, as the host wrote them. A client that
+/// maps their page writes them itself.
 pub(super) struct Doorbells {
-    tails: Box<[AtomicU32]>,
-    heads: Box<[AtomicU32]>,
-    /// The worker that serves a queue, plus one.
-    tail_workers: Box<[AtomicU32]>,
-    head_workers: Box<[AtomicU32]>,
+    page: SharedDwords,
+    /// The worker that serves the queue of a doorbell, plus one.
+    workers: Box<[AtomicU32]>,
 }
 
 impl Doorbells {
-    fn new(queues: usize) -> Doorbells {
-        let zeros = || (0..queues).map(|_| AtomicU32::new(0)).collect();
-        Doorbells {
-            tails: zeros(),
-            heads: zeros(),
-            tail_workers: zeros(),
-            head_workers: zeros(),
-        }
+    fn new(page: SharedDwords, queues: usize) -> Doorbells {
+        let doorbells = Doorbells {
+            page,
+            workers: (0..2 * queues).map(|_| AtomicU32::new(0)).collect(),
+        };
+        (0..2 * queues).for_each(|index| doorbells.set(index, 0));
+        doorbells
     }
 
-    pub(super) fn tail(&self, qid: u16) -> &AtomicU32 {
-        &self.tails[usize::from(qid)]
+    fn get(&self, index: usize) -> u32 {
+        self.page.load(FIRST_DOORBELL + index)
     }
 
-    pub(super) fn head(&self, qid: u16) -> &AtomicU32 {
-        &self.heads[usize::from(qid)]
+    fn set(&self, index: usize, value: u32) {
+        self.page.store(FIRST_DOORBELL + index, value);
+    }
+
+    /// A submission queue's tail, which may be anything.
+    pub(super) fn tail(&self, qid: u16) -> u32 {
+        self.get(tail_of(qid))
+    }
+
+    /// A completion queue's head, which may be anything.
+    pub(super) fn head(&self, qid: u16) -> u32 {
+        self.get(head_of(qid))
     }
 
     /// Starts a submission queue's doorbell, on this worker.
     pub(super) fn open_sq(&self, qid: u16, worker: usize) {
-        self.tail(qid).store(0, Ordering::Relaxed);
-        self.tail_workers[usize::from(qid)].store(worker as u32 + 1, Ordering::Release);
+        self.open(tail_of(qid), worker);
     }
 
     /// Starts a completion queue's doorbell.
     pub(super) fn open_cq(&self, qid: u16, worker: usize) {
-        self.head(qid).store(0, Ordering::Relaxed);
-        self.head_workers[usize::from(qid)].store(worker as u32 + 1, Ordering::Release);
+        self.open(head_of(qid), worker);
     }
 
-    /// The host rings the doorbell with this index: submission queue tails and completion queue heads in turn. Returns the
-    /// worker to wake; `None` where there is no such queue.
+    fn open(&self, index: usize, worker: usize) {
+        self.set(index, 0);
+        self.workers[index].store(worker as u32 + 1, Ordering::Release);
+    }
+
+    /// The host rings the doorbell with this index. Returns the worker to wake; `None` where there is no such queue.
     pub(super) fn ring(&self, index: usize, value: u32) -> Option<usize> {
-        let qid = index / 2;
-        let (values, workers) = if index.is_multiple_of(2) {
-            (&self.tails, &self.tail_workers)
-        } else {
-            (&self.heads, &self.head_workers)
-        };
-        let worker = workers.get(qid)?.load(Ordering::Acquire).checked_sub(1)?;
-        values[qid].store(value & 0xffff, Ordering::Release);
+        let worker = self.workers.get(index)?.load(Ordering::Acquire).checked_sub(1)?;
+        self.set(index, value & 0xffff);
         Some(worker as usize)
     }
 
     fn close(&self) {
-        let workers = self.tail_workers.iter().chain(&self.head_workers);
-        workers.for_each(|worker| worker.store(0, Ordering::Release));
+        self.workers
+            .iter()
+            .for_each(|worker| worker.store(0, Ordering::Release));
     }
+}
+
+fn tail_of(qid: u16) -> usize {
+    2 * usize::from(qid)
+}
+
+fn head_of(qid: u16) -> usize {
+    2 * usize::from(qid) + 1
 }
 
 /// Registers that the control task follows.
@@ -116,12 +133,13 @@ pub(super) enum Task {
 }
 
 impl Front {
-    pub(super) fn new(link: Link, controller: Arc<Controller>) -> Front {
+    /// `page` holds the doorbells where BAR0 has them.
+    pub(super) fn new(link: Link, controller: Arc<Controller>, page: SharedDwords) -> Front {
         let queues = usize::from(controller.options().io_queues) + 1;
         Front {
             link,
             controller,
-            doorbells: Doorbells::new(queues),
+            doorbells: Doorbells::new(page, queues),
             halted: AtomicBool::new(false),
             page: AtomicU64::new(4096),
             written: Mutex::new(Written {

@@ -30,6 +30,9 @@ pub struct ServeOptions {
     pub threads: u16,
     /// How long to watch idle queues before sleeping.
     pub busy_poll: Duration,
+    /// Never sleep while the host has queues: it may then map the doorbells, and ring them without telling anybody. Takes
+    /// the CPUs of all threads.
+    pub polls: bool,
     /// Which way I/O goes.
     pub backend: zbdkit_io::Backend,
     /// Most data of a command, as a power of two of 4096 bytes (MDTS), 1 to 12.
@@ -49,6 +52,7 @@ impl ServeOptions {
             io_queues: 16,
             threads: 1,
             busy_poll,
+            polls: false,
             backend,
             max_transfer: ControllerOptions::default().max_transfer,
             drain_within: Duration::from_secs(30),
@@ -96,6 +100,7 @@ impl Server {
             io_queues,
             threads,
             busy_poll,
+            polls,
             backend,
             max_transfer,
             drain_within,
@@ -119,7 +124,7 @@ impl Server {
                 backend,
                 ..RuntimeOptions::default()
             };
-            let (worker, kind) = WorkerThread::start(index, options).map_err(BindError::Start)?;
+            let (worker, kind) = WorkerThread::start(index, options, polls).map_err(BindError::Start)?;
             workers.push(worker);
             io = kind;
         }
@@ -128,9 +133,10 @@ impl Server {
             max_transfer,
             ..ControllerOptions::default()
         };
+        let function = Function::new(subsystem, controller, workers, drain_within, polls);
         Ok(Server {
             server,
-            function: Function::new(subsystem, controller, workers, drain_within),
+            function: function.map_err(BindError::Start)?,
             io,
         })
     }

@@ -76,7 +76,7 @@ impl Sq {
     fn tail(&self, memory: &MemGuard) -> u32 {
         let tail = match self.shadow.get() {
             Some(shadow) => load_u32(memory, shadow.value, Ordering::Acquire).unwrap_or(u32::MAX),
-            None => self.front().doorbells.tail(self.id).load(Ordering::Acquire),
+            None => self.front().doorbells.tail(self.id),
         };
         if tail < self.entries {
             tail
@@ -177,7 +177,7 @@ impl Sq {
 
     /// Starts to use shadow doorbells, from where the register is.
     pub(super) fn set_shadow(&self, memory: &MemGuard, shadow: Shadow) {
-        let tail = self.front().doorbells.tail(self.id).load(Ordering::Acquire);
+        let tail = self.front().doorbells.tail(self.id);
         let _ = store_u32(memory, shadow.value, tail, Ordering::Release);
         let _ = store_u32(memory, shadow.event_index, tail, Ordering::Release);
         self.shadow.set(Some(shadow));

@@ -28,6 +28,8 @@ thread_local! {
 /// The worker of this thread.
 pub(super) struct Worker {
     shared: Arc<Shared>,
+    /// It does not sleep while it has queues: their doorbells may be written by a host that wakes nobody.
+    polls: bool,
     pub(super) sqs: RefCell<Vec<Rc<Sq>>>,
     pub(super) cqs: RefCell<Vec<Rc<Cq>>>,
     /// Host memory, kept while the worker is awake and the map is the newest.
@@ -97,7 +99,11 @@ impl WorkerHandle {
 }
 
 impl WorkerThread {
-    pub(super) fn start(index: usize, options: RuntimeOptions) -> io::Result<(WorkerThread, BackendKind)> {
+    pub(super) fn start(
+        index: usize,
+        options: RuntimeOptions,
+        polls: bool,
+    ) -> io::Result<(WorkerThread, BackendKind)> {
         let shared = Arc::<Shared>::default();
         let theirs = shared.clone();
         let (sender, receiver) = mpsc::channel();
@@ -113,6 +119,7 @@ impl WorkerThread {
                 };
                 let worker = Rc::new(Worker {
                     shared: theirs,
+                    polls,
                     sqs: RefCell::default(),
                     cqs: RefCell::default(),
                     memory: RefCell::default(),
@@ -243,6 +250,10 @@ impl PollSource for Worker {
     }
 
     fn prepare_sleep(&self) -> bool {
+        if self.polls && !self.sqs.borrow().is_empty() {
+            self.poll();
+            return true;
+        }
         for sq in self.sqs.borrow().iter() {
             sq.ask_for_doorbell(&self.memory(sq.front()));
         }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use vfio_user::Client;
+use zbdkit_io::SharedDwords;
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::admin::{CreateCqCdw11, CreateQueueCdw10, CreateSqCdw11};
 use zbdkit_spec::nvme::base::AdminOpcode;
@@ -92,6 +93,8 @@ pub struct Driver {
     memory: Window,
     queues: HashMap<u16, Queue>,
     shadow: bool,
+    /// The doorbells, where they are mapped, as dwords of the file that holds BAR0.
+    mapped: Option<(SharedDwords, usize)>,
 }
 
 impl Driver {
@@ -114,6 +117,7 @@ impl Driver {
             memory: window(&memory, len),
             queues: HashMap::new(),
             shadow: false,
+            mapped: None,
         }
     }
 
@@ -273,6 +277,23 @@ impl Driver {
         self.shadow = true;
     }
 
+    /// Maps the doorbells; no message rings them from now on.
+    ///
+    /// # Panics
+    /// Where the server does not let them be mapped.
+    pub fn map_doorbells(&mut self) {
+        let region = self.client.region(pci_region::BAR0).expect("BAR0");
+        let file = region.file_offset.as_ref().expect("a file");
+        let areas = region.sparse_areas.iter();
+        let areas: Vec<_> = areas.map(|area| (area.offset, area.size)).collect();
+        assert_eq!(areas, [(offset::DOORBELLS, PAGE)]);
+        let fd = file.file().as_fd().try_clone_to_owned().expect("a descriptor");
+        let first = (file.start() + offset::DOORBELLS) / 4;
+        let words = first as usize + PAGE as usize / 4;
+        let mapped = SharedDwords::map(fd, words).expect("the doorbells can be mapped");
+        self.mapped = Some((mapped, first as usize));
+    }
+
     /// Puts an entry into a queue, without telling.
     pub fn put(&mut self, qid: u16, entry: Entry) {
         let queue = self.queues.get_mut(&qid).expect("the queue was made");
@@ -290,6 +311,10 @@ impl Driver {
     }
 
     fn doorbell(&mut self, index: u64, old: u32, new: u32) {
+        if let Some((doorbells, first)) = &self.mapped {
+            doorbells.store(first + index as usize, new);
+            return;
+        }
         let at = index * 4;
         if self.shadow && index > 1 {
             self.memory

@@ -57,6 +57,8 @@ struct NvmeEntry {
     serial: Option<String>,
     #[serde(default = "poll_us")]
     poll_us: u32,
+    #[serde(default)]
+    poll: bool,
     max_transfer: Option<String>,
     #[serde(default)]
     namespace: Vec<NamespaceEntry>,
@@ -173,7 +175,10 @@ fn add_controller(plan: &mut Plan, entry: NvmeEntry) -> anyhow::Result<()> {
     plan.doors.push(DoorPlan {
         socket: entry.socket,
         devices: (first..plan.devices.len()).collect(),
-        kind: DoorKind::Nvme { max_transfer },
+        kind: DoorKind::Nvme {
+            max_transfer,
+            polls: entry.poll,
+        },
         queues: entry.queues,
         serial: entry.serial,
         poll: Duration::from_micros(entry.poll_us.into()),
@@ -229,7 +234,8 @@ mod tests {
             (plan.doors[1].kind, &plan.doors[1].devices[..]),
             (
                 DoorKind::Nvme {
-                    max_transfer: MaxTransfer::default()
+                    max_transfer: MaxTransfer::default(),
+                    polls: false
                 },
                 &[1][..]
             )
@@ -250,13 +256,14 @@ mod tests {
 
     #[test]
     fn a_namespace_is_shown_as_it_says() {
-        let text = "[[nvme]]\nsocket = \"s\"\nmax-transfer = \"8K\"\n[[nvme.namespace]]\nimage = \"a\"\n";
+        let text = "[[nvme]]\nsocket = \"s\"\nmax-transfer = \"8K\"\npoll = true\n[[nvme.namespace]]\nimage = \"a\"\n";
         let uuid = "uuid = \"6ba7b810-9dad-11d1-80b4-00c04fd430c8\"\nread-across-zones = true\n";
         let plan = plan(&format!("{text}{uuid}")).unwrap();
         assert_eq!(
             plan.doors[0].kind,
             DoorKind::Nvme {
-                max_transfer: MaxTransfer(1)
+                max_transfer: MaxTransfer(1),
+                polls: true
             }
         );
         let shown = plan.devices[0].shown;

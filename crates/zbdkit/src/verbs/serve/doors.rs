@@ -83,9 +83,10 @@ impl Door {
                 let (device, _) = devices.into_iter().next().context("there is no image")?;
                 vhost_user_blk(plan, device, queue_size, listening)?
             }
-            DoorKind::Nvme { max_transfer } => {
-                (nvme(plan, devices, max_transfer, listening)?, Client::VfioUser)
-            }
+            DoorKind::Nvme { max_transfer, polls } => (
+                nvme(plan, devices, max_transfer, polls, listening)?,
+                Client::VfioUser,
+            ),
         };
         Ok(Door {
             server,
@@ -121,6 +122,7 @@ fn nvme(
     plan: &DoorPlan,
     devices: Vec<(Device, Shown)>,
     max_transfer: MaxTransfer,
+    polls: bool,
     socket: Socket,
 ) -> anyhow::Result<Server> {
     let (first, _) = devices.first().context("there is no namespace")?;
@@ -148,8 +150,10 @@ fn nvme(
     let io_queues = plan.queues.unwrap_or(options.io_queues);
     let options = nvme_pci::ServeOptions {
         io_queues,
-        threads: threads().min(io_queues),
+        // One that never sleeps is enough.
+        threads: if polls { 1 } else { threads().min(io_queues) },
         busy_poll: plan.poll,
+        polls,
         max_transfer: max_transfer.0,
         ..options
     };

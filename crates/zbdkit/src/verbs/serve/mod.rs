@@ -58,7 +58,7 @@ pub struct Serve {
 
     /// Serve what this file says
     #[arg(long, value_name = "FILE", conflicts_with_all = ["image", "image_opts", "vhost_user_blk", "nvme",
-        "namespace", "max_transfer", "serial", "read_only", "direct", "run_state", "queues", "queue_size", "poll_us"])]
+        "namespace", "max_transfer", "serial", "read_only", "direct", "run_state", "queues", "queue_size", "poll_us", "poll"])]
     pub config: Option<PathBuf>,
 
     /// Request queues, each with a thread of its own, 1 to 256 [default: one a CPU, at most 4]. Of an NVMe controller:
@@ -90,6 +90,11 @@ pub struct Serve {
     /// How long to watch an idle queue before sleeping, in microseconds
     #[arg(long, value_name = "MICROSECONDS", default_value_t = DEFAULT_POLL_US)]
     pub poll_us: u32,
+
+    /// NVMe: never sleep while the guest has queues. Its driver rings without leaving the guest then, which makes single
+    /// requests faster. One thread serves all queues, and takes a CPU as long as the guest runs
+    #[arg(long, requires = "nvme")]
+    pub poll: bool,
 }
 
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
@@ -167,7 +172,7 @@ enum DoorKind {
     /// virtio-blk over vhost-user, one device, with queues of this size.
     VhostUserBlk { queue_size: u16 },
     /// An NVMe controller over vfio-user.
-    Nvme { max_transfer: MaxTransfer },
+    Nvme { max_transfer: MaxTransfer, polls: bool },
 }
 
 /// Most data of an NVMe command, as a power of two of 4 KiB.
@@ -224,7 +229,10 @@ fn plan_of(args: Serve) -> anyhow::Result<Plan> {
             (
                 parsed.collect::<Result<_, _>>()?,
                 vec![socket],
-                DoorKind::Nvme { max_transfer },
+                DoorKind::Nvme {
+                    max_transfer,
+                    polls: args.poll,
+                },
             )
         }
         None => {
