@@ -18,12 +18,12 @@ fields() {
 	local filter=$1
 	shift
 	echo "\$ $*" | names
-	"$@" -o json 2>&1 </dev/null >/tmp/json || { names </tmp/json; return; }
-	jq -r 'paths(scalars) as $p | "\($p | map(tostring) | join(".")): \(getpath($p))"' /tmp/json 2>&1 | grep -vE "$filter" | names
+	"$@" -o json 2>&1 </dev/null >json || { names <json; return; }
+	jq -r 'paths(scalars) as $p | "\($p | map(tostring) | join(".")): \(getpath($p))"' json 2>&1 | grep -vE "$filter" | names
 }
 
 # does COMMAND...: what must work on both, and is not shown.
-does() { "$@" >/tmp/does 2>&1 </dev/null || echo "FAILED: $* $(cat /tmp/does)" | names; }
+does() { "$@" >does 2>&1 </dev/null || echo "FAILED: $* $(cat does)" | names; }
 
 lba() { echo $(($1 * ZONE_MB * 256)); }
 # state ZONE: as the drive reports it.
@@ -31,8 +31,8 @@ state() { nvme zns report-zones "$DEV" -s "$(lba "$1")" -d 1 | sed -n 's/^SLBA: 
 # zsend ZONE ACTION [ALL]: Zone Management Send.
 zsend() { say nvme io-passthru "$DEV" --opcode=0x79 --namespace-id=1 --cdw10="$1" --cdw13="$2"; }
 # write ZONE OFFSET BLOCKS: writes, in blocks.
-write() { nvme write "$DEV" -s $(($(lba "$1") + $2)) -c $(($3 - 1)) -z $(($3 * 4096)) -d /tmp/1M; }
-append() { nvme zns zone-append "$DEV" -s "$(lba "$1")" -z $(($2 * 4096)) -d /tmp/1M; }
+write() { nvme write "$DEV" -s $(($(lba "$1") + $2)) -c $(($3 - 1)) -z $(($3 * 4096)) -d 1M; }
+append() { nvme zns zone-append "$DEV" -s "$(lba "$1")" -z $(($2 * 4096)) -d 1M; }
 # prepare CONDITION: zone 3 in that condition.
 prepare() {
 	does nvme zns reset-zone "$DEV" -s "$(lba 3)"
@@ -122,8 +122,8 @@ mistakes() {
 	does nvme zns reset-zone "$DEV" -a
 	say write 0 1 1
 	say write 0 -1 1
-	say nvme write "$DEV" -s "$(lba 16)" -c 0 -z 4096 -d /tmp/1M
-	say nvme read "$DEV" -s "$(lba 16)" -c 0 -z 4096 -d /tmp/read
+	say nvme write "$DEV" -s "$(lba 16)" -c 0 -z 4096 -d 1M
+	say nvme read "$DEV" -s "$(lba 16)" -c 0 -z 4096 -d read
 	does write 0 0 256
 	does write 0 256 256
 	does write 0 512 255
@@ -133,14 +133,14 @@ mistakes() {
 	say write 0 768 1
 	say append 0 1
 	state 0
-	say nvme zns zone-append "$DEV" -s $(($(lba 1) + 1)) -z 4096 -d /tmp/1M
-	say nvme zns zone-append "$PLAIN" -s 0 -z 4096 -d /tmp/1M
+	say nvme zns zone-append "$DEV" -s $(($(lba 1) + 1)) -z 4096 -d 1M
+	say nvme zns zone-append "$PLAIN" -s 0 -z 4096 -d 1M
 	say nvme zns open-zone "$PLAIN" -s 0
 	# Reads: past the pointer, past the capacity, across the end of a zone, across it into an empty one.
-	say nvme read "$DEV" -s $(($(lba 1) + 9)) -c 0 -z 4096 -d /tmp/read
-	echo "zeros: $(head -c 4096 /tmp/read | tr -dc '\000' | wc -c)"
-	say nvme read "$DEV" -s 760 -c 15 -z 65536 -d /tmp/read
-	say nvme read "$DEV" -s $(($(lba 1) - 1)) -c 1 -z 8192 -d /tmp/read
+	say nvme read "$DEV" -s $(($(lba 1) + 9)) -c 0 -z 4096 -d read
+	echo "zeros: $(head -c 4096 read | tr -dc '\000' | wc -c)"
+	say nvme read "$DEV" -s 760 -c 15 -z 65536 -d read
+	say nvme read "$DEV" -s $(($(lba 1) - 1)) -c 1 -z 8192 -d read
 	say nvme verify "$DEV" -s $(($(lba 1) - 1)) -c 1
 	# Zone Management Send: not a zone's start, unknown, reserved, beyond the end, and what has no option.
 	zsend 5 1
@@ -186,11 +186,11 @@ mistakes() {
 extensions() {
 	echo "## descriptor extensions"
 	does nvme zns reset-zone "$DEV" -a
-	say nvme zns set-zone-desc "$DEV" -s "$(lba 2)" -d /tmp/64
+	say nvme zns set-zone-desc "$DEV" -s "$(lba 2)" -d 64
 	state 2
-	say nvme zns set-zone-desc "$DEV" -s "$(lba 2)" -d /tmp/64
+	say nvme zns set-zone-desc "$DEV" -s "$(lba 2)" -d 64
 	does write 3 0 1
-	say nvme zns set-zone-desc "$DEV" -s "$(lba 3)" -d /tmp/64
+	say nvme zns set-zone-desc "$DEV" -s "$(lba 3)" -d 64
 	say nvme zns report-zones "$DEV" -e -s "$(lba 1)" -d 2
 	say nvme zns report-zones "$DEV" -S 8
 	does write 2 0 1
@@ -199,9 +199,9 @@ extensions() {
 	does nvme zns reset-zone "$DEV" -s "$(lba 2)"
 	say nvme zns report-zones "$DEV" -e -s "$(lba 2)" -d 1
 	does nvme zns open-zone "$DEV" -s "$(lba 4)"
-	say nvme zns set-zone-desc "$DEV" -s "$(lba 4)" -d /tmp/64
-	for z in 5 6 7 8; do does nvme zns set-zone-desc "$DEV" -s "$(lba $z)" -d /tmp/64; done
-	say nvme zns set-zone-desc "$DEV" -s "$(lba 9)" -d /tmp/64
+	say nvme zns set-zone-desc "$DEV" -s "$(lba 4)" -d 64
+	for z in 5 6 7 8; do does nvme zns set-zone-desc "$DEV" -s "$(lba $z)" -d 64; done
+	say nvme zns set-zone-desc "$DEV" -s "$(lba 9)" -d 64
 	say nvme zns report-zones "$DEV" -e -s "$(lba 9)" -d 1
 	zsend 0 0x110
 	does nvme zns reset-zone "$DEV" -a
@@ -215,8 +215,8 @@ random_write_areas() {
 	state 2
 	say write 2 8 2
 	state 2
-	say nvme read "$DEV" -s $(($(lba 2) + 8)) -c 1 -z 8192 -d /tmp/read
-	echo "as written: $(head -c 8192 /tmp/read | cmp - <(head -c 8192 /tmp/1M) && echo yes)"
+	say nvme read "$DEV" -s $(($(lba 2) + 8)) -c 1 -z 8192 -d read
+	echo "as written: $(head -c 8192 read | cmp - <(head -c 8192 1M) && echo yes)"
 	say write 2 8 1
 	say write 2 0 4
 	say append 2 1
@@ -224,10 +224,12 @@ random_write_areas() {
 	state 2
 	say write 2 40 1
 	say write 2 3 1
-	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 19))
+	# In the middle of what is committed at a time, right, behind the pointer, the last of the window, and past it.
+	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 30))
+	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 31))
 	state 2
-	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 21))
 	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 19))
+	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 51))
 	say nvme zns zrwa-flush-zone "$DEV" -l $(($(lba 2) + 47))
 	state 2
 	does nvme zns open-zone "$DEV" -s "$(lba 3)"
@@ -256,31 +258,31 @@ commands() {
 	local z part
 	echo "## other commands"
 	does write 0 0 256
-	does nvme write "$PLAIN" -s 0 -c 7 -z $((8 * BLOCK)) -d /tmp/1M
-	head -c $((8 * BLOCK)) /tmp/1M | tail -c $((4 * BLOCK)) >/tmp/behind
+	does nvme write "$PLAIN" -s 0 -c 7 -z $((8 * BLOCK)) -d 1M
+	head -c $((8 * BLOCK)) 1M | tail -c $((4 * BLOCK)) >behind
 	say nvme flush "$DEV" -n 1
 	say nvme flush "$DEV" -n 0xffffffff
 	say nvme flush "$DEV" -n 9
-	say nvme compare "$DEV" -s 0 -c 1 -z 8192 -d /tmp/1M
-	say nvme compare "$DEV" -s 1 -c 1 -z 8192 -d /tmp/1M
+	say nvme compare "$DEV" -s 0 -c 1 -z 8192 -d 1M
+	say nvme compare "$DEV" -s 1 -c 1 -z 8192 -d 1M
 	say nvme verify "$DEV" -s 0 -c 7
 	say nvme verify "$DEV" -s "$(lba 16)" -c 0
 	say nvme write-zeroes "$DEV" -s 256 -c 7
 	say nvme write-zeroes "$DEV" -s 0 -c 7
 	state 0
 	say nvme write-zeroes "$PLAIN" -s 0 -c 3
-	say nvme compare "$PLAIN" -s 4 -c 3 -z $((4 * BLOCK)) -d /tmp/behind
+	say nvme compare "$PLAIN" -s 4 -c 3 -z $((4 * BLOCK)) -d behind
 	say nvme dsm "$DEV" -d -s 0 -b 8
 	say nvme dsm "$PLAIN" -d -s 0 -b 8
 	say nvme dsm "$PLAIN" -d -s 0xffffffff -b 8
 	say nvme write-uncor "$PLAIN" -s 0 -c 0
 	say nvme copy "$DEV" --sdlba="$(lba 1)" --slbs=0,8 --blocks=3,3
 	for z in 0 4; do
-		say nvme read "$DEV" -s $(($(lba 1) + z)) -c 3 -z 16384 -d /tmp/copied
+		say nvme read "$DEV" -s $(($(lba 1) + z)) -c 3 -z 16384 -d copied
 		for part in 0 4 8 12; do
-			cmp -s <(head -c 16384 /tmp/copied) <(tail -c +$((part * 4096 + 1)) /tmp/1M | head -c 16384) && echo "block $part and after"
+			cmp -s <(head -c 16384 copied) <(tail -c +$((part * 4096 + 1)) 1M | head -c 16384) && echo "block $part and after"
 		done
-		echo "zeros: $(head -c 16384 /tmp/copied | tr -dc '\000' | wc -c | sed 's/^[1-9].\{0,2\}$/few/')"
+		echo "zeros: $(head -c 16384 copied | tr -dc '\000' | wc -c | sed 's/^[1-9].\{0,2\}$/few/')"
 	done
 	say nvme copy "$DEV" --sdlba="$(lba 1)" --slbs=0 --blocks=3
 	state 1
@@ -302,8 +304,8 @@ logs() {
 	fields '^$' nvme effects-log "$NVME" --csi=2
 	for page in 0 3 4 5 6 0xd 0x10 0x70 0x80; do
 		echo "\$ # log page $page"
-		nvme get-log "$NVME" -i $page -l 512 -b 2>&1 >/tmp/page | names
-		[ -s /tmp/page ] && echo answered
+		nvme get-log "$NVME" -i $page -l 512 -b 2>&1 >page | names
+		[ -s page ] && echo answered
 	done
 	for page in 1 2 3 4 5 6 7 8 9 0xa 0xb 0xc 0xd 0xe 0xf 0x10 0x11 0x16 0x17 0x18 0x19 0x80 0x81 0x82 0x83 0x84; do
 		echo "\$ # feature $page"
@@ -325,31 +327,34 @@ programs() {
 	does blkzone reset "$DEV"
 	say blkzone capacity "$DEV"
 	echo "\$ smartctl"
-	smartctl -a "$NVME" >/tmp/smart 2>&1
+	smartctl -a "$NVME" >smart 2>&1
 	echo "status $?"
-	grep -E '^(SMART overall|Critical Warning|Available Spare|Percentage Used|Media and Data|Number of Namespaces|NVMe Version|Maximum Data|Firmware Updates|Error Information)' /tmp/smart | sed -E 's/ +/ /g'
+	grep -E '^(SMART overall|Critical Warning|Available Spare|Percentage Used|Media and Data|Number of Namespaces|NVMe Version|Maximum Data|Firmware Updates|Error Information)' smart | sed -E 's/ +/ /g'
 	for options in "write 64k 1" "write 4k 16" "read 64k 1" "randread 4k 16" "randwrite 64k 4"; do
 		read -r rw bs depth <<<"$options"
 		echo "\$ fio --zonemode=zbd --rw=$rw --bs=$bs --iodepth=$depth"
 		fio --name=fio --filename="$DEV" --direct=1 --ioengine=libaio --zonemode=zbd --rw="$rw" --bs="$bs" --iodepth="$depth" \
-			--io_size=6M --size=24M --max_open_zones=3 --output-format=json --output=/tmp/fio 2>&1 | names
-		jq -r '.jobs[0] | "error \(.error), read \(.read.io_bytes), written \(.write.io_bytes)"' /tmp/fio
+			--io_size=6M --size=24M --max_open_zones=3 --output-format=json --output=fio 2>&1 | names
+		jq -r '.jobs[0] | "error \(.error), read \(.read.io_bytes), written \(.write.io_bytes)"' fio
 	done
 	say nvme zns report-zones "$DEV" -d 6
 	say nvme format "$DEV" -f -l 0
 	say nvme zns report-zones "$DEV" -S 1 -d 1
 }
 
-head -c 1M /dev/urandom >/tmp/1M
-# The extension is shown, so it is the same in every run.
-printf 'zone descriptor extension%39s' >/tmp/64
 for name in zbdkit qemu; do
 	model=$name
 	[ $name = zbdkit ] || model="QEMU NVMe Ctrl"
 	find_nvme 2 "$model" || fail "no drive of $name"
 	BLOCK=$(cat /sys/block/${PLAIN#/dev/}/queue/logical_block_size)
 	[ "$(cat "/sys/block/${DEV#/dev/}/nsid")" = 1 ] || fail "the zoned namespace is not the first"
-	{
+	mkdir /tmp/$name
+	# Both at the same time, each in a directory of its own.
+	(
+		cd /tmp/$name || exit 1
+		head -c 1M /dev/urandom >1M
+		# The extension is shown, so it is the same in every run.
+		printf 'zone descriptor extension%39s' >64
 		descriptions
 		conditions
 		reports
@@ -359,8 +364,11 @@ for name in zbdkit qemu; do
 		commands
 		logs
 		programs
-	} >/share/$name 2>&1
-	grep -n '^FAILED' /share/$name
+	) >/share/$name 2>&1 &
+done
+wait
+for name in zbdkit qemu; do
+	grep -n '^FAILED' /share/$name && fail "what was to work on $name did not"
 	echo "$name: $(grep -c '^\$' /share/$name) commands"
 done
 dmesg | grep -E 'nvme.*timeout' && fail "the kernel complains"

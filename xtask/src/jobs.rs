@@ -5,9 +5,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::demo::{self, log_of, socket_directory};
@@ -17,6 +17,7 @@ use crate::guest::Guest;
 use crate::nvme::{NVME_JOBS, NvmeJob};
 use crate::proc::{self, Running};
 use crate::rig::Rig;
+use crate::tally::Tally;
 use crate::ui::{heading, say};
 
 /// Compiling and running the workspace's own tests takes at most this long.
@@ -229,46 +230,11 @@ const JOBS: &[Job] = &[
     },
 ];
 
-/// Names and outcomes of what has run.
-#[derive(Debug, Default)]
-struct Tally {
-    passed: Vec<String>,
-    failed: Vec<String>,
-}
-
-impl Tally {
-    /// Runs one check, says how it went, and counts it.
-    fn run(&mut self, name: &str, check: impl FnOnce() -> Result<()>) {
-        let started = Instant::now();
-        let outcome = check();
-        let seconds = started.elapsed().as_secs_f32();
-        match outcome {
-            Ok(()) => {
-                say(&format!("PASS {name} ({seconds:.1} s)"));
-                self.passed.push(name.to_owned());
-            }
-            Err(error) => {
-                say(&format!(
-                    "FAIL {name} ({seconds:.1} s)\n{}",
-                    proc::indent(&format!("{error:#}"))
-                ));
-                self.failed.push(name.to_owned());
-            }
-        }
-    }
-
-    fn finish(self) -> Result<()> {
-        say(&format!(
-            "\n{} passed, {} failed",
-            self.passed.len(),
-            self.failed.len()
-        ));
-        ensure!(self.failed.is_empty(), "failed: {}", self.failed.join(", "));
-        ensure!(
-            !self.passed.is_empty(),
-            "no job has that name; see cargo xtask test --list"
-        );
-        Ok(())
+/// Whether a job is to run. One that is only shown, and takes its time for that, must be asked for by its whole name.
+fn is_wanted(name: &str, shows: bool, filter: Option<&str>) -> bool {
+    match shows {
+        true => filter == Some(name),
+        false => filter.is_none_or(|filter| name.contains(filter)),
     }
 }
 
@@ -301,9 +267,8 @@ impl Test {
             .iter()
             .filter(|job| !self.fast && wanted(job.name) && self.can_run(job))
             .collect();
-        // What is only shown must be asked for.
         let on_zbdkit = |name: &str, shows: bool| {
-            !self.fast && self.device == Device::Zbdkit && wanted(name) && (!shows || self.filter.is_some())
+            !self.fast && self.device == Device::Zbdkit && is_wanted(name, shows, self.filter.as_deref())
         };
         let nvme: Vec<&NvmeJob> = NVME_JOBS
             .iter()
@@ -564,6 +529,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn benchmarks_run_only_by_their_whole_names() {
+        let wanted = |filter| -> Vec<&str> {
+            let drives = DRIVE_JOBS.iter().map(|job| (job.name, job.shows));
+            let nvme = NVME_JOBS.iter().map(|job| (job.name, job.shows));
+            let jobs = drives.chain(nvme).filter(|job| is_wanted(job.0, job.1, filter));
+            jobs.map(|job| job.0).collect()
+        };
+        assert_eq!(wanted(Some("host-nvme")), ["host-nvme"]);
+        assert_eq!(wanted(Some("host-nvme-bench")), ["host-nvme-bench"]);
+        assert_eq!(wanted(Some("nvme-bench")), ["nvme-bench"]);
+        assert!(wanted(None).contains(&"host-nvme") && !wanted(None).contains(&"host-nvme-bench"));
+    }
+
+    #[test]
     fn job_names_are_unique_and_every_geometry_is_whole() {
         for (number, job) in JOBS.iter().enumerate() {
             assert!(
@@ -574,17 +553,5 @@ mod tests {
             assert_eq!(job.geometry.size % job.geometry.zone_size, 0, "{}", job.name);
             assert!(job.geometry.max_open <= job.geometry.max_active, "{}", job.name);
         }
-    }
-
-    #[test]
-    fn a_run_without_any_job_and_a_run_with_a_failure_are_failures() {
-        assert!(Tally::default().finish().is_err());
-        let mut tally = Tally::default();
-        tally.run("good", || Ok(()));
-        tally.run("bad", || bail!("no"));
-        assert!(tally.finish().unwrap_err().to_string().contains("bad"));
-        let mut tally = Tally::default();
-        tally.run("good", || Ok(()));
-        assert!(tally.finish().is_ok());
     }
 }

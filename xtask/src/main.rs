@@ -12,6 +12,7 @@ mod proc;
 mod qmp;
 mod rig;
 mod suite;
+mod tally;
 mod ui;
 
 use std::path::PathBuf;

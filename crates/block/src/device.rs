@@ -256,7 +256,8 @@ impl Device {
     }
 
     /// Puts records in the place of what zones hold, durably; for tools that have written the zones' bytes below them.
-    /// The bytes are durable before the records are. No request may be in flight.
+    /// The bytes are durable before the records are. No request may be in flight. A record speaks of a descriptor extension
+    /// only where the zone has that one already.
     pub async fn restore(&self, records: &[(ZoneNo, ZoneRecord)]) -> Result<(), Error> {
         match &self.root {
             Root::Zoned(node) => node.restore(records).await,

@@ -1,5 +1,4 @@
-//! Random write areas, descriptor extensions and attributes of zones: over memory, beside a raw image, inside a qcow2
-//! image.
+//! Random write areas, descriptor extensions and attributes of zones, over memory and beside a raw image.
 
 mod support;
 
@@ -7,172 +6,13 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
+use support::zns::*;
 use support::{Rig, host, pattern};
-use zbdkit_block::tool::{self, CompareOptions, CopiedZones, CopyOptions, compare, copy};
+use zbdkit_block::tool::{CompareOptions, CopiedZones, CopyOptions, compare, copy};
 use zbdkit_block::{
-    CreateOptions, Device, Error, Graph, OpenOptions, Qcow2CreateOptions, Repair, ZnsOptions, ZoneOp, check,
-    create, create_qcow2, default_sidecar,
+    Device, Error, Graph, OpenOptions, Repair, ZnsOptions, ZoneOp, check, create, default_sidecar,
 };
-use zbdkit_zone::{CloseEmpty, Condition, Recommendation, ZoneError, ZoneInfo, ZoneNo};
-
-const ZONE: u64 = 1 << 20;
-const BLOCK: u64 = 4096;
-/// Zone 1, which most of it is about; zone 0 is conventional.
-const Z1: u64 = ZONE;
-const Z2: u64 = 2 * ZONE;
-const AREA: u64 = 16 * BLOCK;
-
-fn zones(path: std::path::PathBuf) -> CreateOptions {
-    CreateOptions {
-        zone_size: Some(ZONE),
-        zone_capacity: Some(ZONE - 4 * BLOCK),
-        conventional_zones: 1,
-        max_open: Some(3),
-        max_active: 4,
-        zns: ZnsOptions {
-            zrwa_size: Some(AREA),
-            zrwa_granularity: Some(2 * BLOCK),
-            max_zrwa: Some(2),
-            extension_size: 128,
-        },
-        ..CreateOptions::new(path, 8 * ZONE)
-    }
-}
-
-fn raw(rig: &Rig) -> Device {
-    rig.block_on(create(&host(), &zones(rig.path("disk.raw"))))
-        .unwrap();
-    rig.open("disk.raw")
-}
-
-fn qcow2(rig: &Rig, name: &str) -> Device {
-    let options = Qcow2CreateOptions {
-        zones: Some(zones(rig.path(name))),
-        ..Qcow2CreateOptions::new(rig.path(name), 8 * ZONE)
-    };
-    rig.block_on(create_qcow2(&host(), &options)).unwrap();
-    rig.open(name)
-}
-
-fn memory(rig: &Rig) -> Device {
-    rig.open_graph(
-        "driver=zoned,zone.size=1M,zone.capacity=1008k,zone.conventional_zones=1,zone.max_open_zones=3,\
-         zone.max_active_zones=4,zone.zrwa_size=64k,zone.zrwa_granularity=8k,zone.max_zrwa=2,\
-         zone.descr_ext_size=128,file.driver=memory,file.size=8M",
-    )
-    .unwrap()
-}
-
-fn commit(rig: &Rig, device: &Device, end: u64) -> Result<(), Error> {
-    rig.block_on(device.commit_zrwa(&device.lane(1), end))
-}
-
-fn attach(rig: &Rig, device: &Device, zone: u64, bytes: &[u8]) -> Result<(), Error> {
-    rig.block_on(device.set_extension(&device.lane(1), zone, bytes))
-}
-
-fn extension(rig: &Rig, device: &Device, zone: u64) -> Option<Vec<u8>> {
-    rig.block_on(device.extension(zone)).unwrap()
-}
-
-fn zone(rig: &Rig, device: &Device, start: u64) -> ZoneInfo {
-    rig.zones(device)[(start / ZONE) as usize]
-}
-
-fn whole(bytes: &[u8]) -> Vec<u8> {
-    let mut whole = bytes.to_vec();
-    whole.resize(128, 0);
-    whole
-}
-
-/// What all backings do alike.
-fn exercise(rig: &Rig, device: &Device) {
-    let (a, b) = (pattern(1, BLOCK as usize), pattern(2, BLOCK as usize));
-    rig.op(device, ZoneOp::OpenZrwa, Z1).unwrap();
-    let at = |n: u64| Z1 + n * BLOCK;
-    rig.write(device, at(9), &a);
-    rig.write(device, at(3), &a);
-    rig.write(device, at(9), &b);
-    assert_eq!(rig.read(device, at(9), BLOCK as usize), b);
-    assert_eq!(rig.read(device, at(4), BLOCK as usize), vec![0; BLOCK as usize]);
-    let info = zone(rig, device, Z1);
-    assert_eq!((info.wp, info.written_end), (Z1, Z1 + AREA));
-    assert!(info.attributes.zrwa && info.condition == Condition::ExplicitlyOpen);
-    rig.write(device, at(16), &a);
-    assert_eq!(zone(rig, device, Z1).wp, at(2));
-    commit(rig, device, at(4)).unwrap();
-    assert!(matches!(
-        rig.try_write(device, at(3), &a),
-        Err(Error::Zone(ZoneError::OutsideRandomWriteArea { .. }))
-    ));
-    assert_eq!(rig.read(device, at(3), BLOCK as usize), a);
-    rig.op(device, ZoneOp::Close(CloseEmpty::ToEmpty), Z1).unwrap();
-    attach(rig, device, Z2, b"whose zone this is").unwrap();
-    let refused = attach(rig, device, Z2, b"another");
-    assert!(matches!(
-        refused,
-        Err(Error::Zone(ZoneError::InvalidTransition { .. }))
-    ));
-    assert_eq!(extension(rig, device, Z2), Some(whole(b"whose zone this is")));
-    assert_eq!(zone(rig, device, Z2).condition, Condition::Closed);
-    assert!(attach(rig, device, 3 * ZONE, &[1; 129]).is_err());
-    assert_eq!(extension(rig, device, 3 * ZONE), None);
-    rig.write(device, 3 * ZONE, &a);
-    rig.op(device, ZoneOp::FinishByDevice, 3 * ZONE).unwrap();
-    rig.op(device, ZoneOp::Recommend(Some(Recommendation::Finish)), Z2)
-        .unwrap();
-}
-
-/// What must be there of it after reopening.
-fn verify(rig: &Rig, device: &Device) {
-    let (a, b) = (pattern(1, BLOCK as usize), pattern(2, BLOCK as usize));
-    let at = |n: u64| Z1 + n * BLOCK;
-    let info = zone(rig, device, Z1);
-    assert_eq!((info.wp, info.written_end), (at(4), at(20)));
-    assert!(info.attributes.zrwa && info.condition == Condition::Closed);
-    for (n, bytes) in [(3, &a), (9, &b), (16, &a)] {
-        assert_eq!(rig.read(device, at(n), BLOCK as usize), *bytes, "block {n}");
-    }
-    for n in [0, 4, 8, 10, 17, 25, 200] {
-        assert_eq!(
-            rig.read(device, at(n), BLOCK as usize),
-            vec![0; BLOCK as usize],
-            "block {n}"
-        );
-    }
-    let info = zone(rig, device, Z2);
-    assert_eq!(info.condition, Condition::Closed);
-    assert_eq!(info.attributes.recommended, Some(Recommendation::Finish));
-    assert_eq!(extension(rig, device, Z2), Some(whole(b"whose zone this is")));
-    assert!(zone(rig, device, 3 * ZONE).attributes.finished_by_device);
-}
-
-/// Goes on with it to the end of both zones.
-fn finish(rig: &Rig, device: &Device) {
-    let capacity_end = Z1 + ZONE - 4 * BLOCK;
-    let a = pattern(3, BLOCK as usize);
-    let mut end = Z1 + 4 * BLOCK;
-    while end < capacity_end {
-        end = (end + AREA).min(capacity_end);
-        rig.write(device, end - BLOCK, &a);
-        commit(rig, device, end).unwrap();
-    }
-    let info = zone(rig, device, Z1);
-    assert_eq!(
-        (info.condition, info.written_end),
-        (Condition::Full, capacity_end)
-    );
-    assert!(!info.attributes.zrwa);
-    assert_eq!(rig.read(device, end - BLOCK, BLOCK as usize), a);
-    assert_eq!(
-        rig.read(device, end - 2 * BLOCK, BLOCK as usize),
-        vec![0; BLOCK as usize]
-    );
-    rig.op(device, ZoneOp::Reset, Z2).unwrap();
-    assert_eq!(extension(rig, device, Z2), None);
-    attach(rig, device, Z2, b"the next").unwrap();
-    assert_eq!(extension(rig, device, Z2), Some(whole(b"the next")));
-}
+use zbdkit_zone::ZoneNo;
 
 #[test]
 fn areas_and_extensions_over_memory() {
@@ -194,21 +34,6 @@ fn areas_and_extensions_outlive_a_close_beside_a_raw_image() {
     verify(&rig, &device);
     rig.close(device);
     let device = rig.open("disk.raw");
-    verify(&rig, &device);
-    finish(&rig, &device);
-    rig.close(device);
-}
-
-#[test]
-fn areas_and_extensions_outlive_a_close_inside_a_qcow2_image() {
-    let rig = Rig::new();
-    let device = qcow2(&rig, "disk.qcow2");
-    exercise(&rig, &device);
-    rig.close(device);
-    let device = rig.open_read_only("disk.qcow2");
-    verify(&rig, &device);
-    rig.close(device);
-    let device = rig.open("disk.qcow2");
     verify(&rig, &device);
     finish(&rig, &device);
     rig.close(device);
@@ -317,47 +142,6 @@ fn a_damaged_extension_is_noticed_when_it_is_read_and_by_a_check() {
 }
 
 #[test]
-fn snapshots_keep_areas_and_extensions() {
-    let rig = Rig::new();
-    let device = qcow2(&rig, "disk.qcow2");
-    exercise(&rig, &device);
-    rig.block_on(device.snapshot_create("then")).unwrap();
-    // The area goes on over clusters that are shared with the snapshot.
-    for n in [5, 4, 19, 11] {
-        rig.write(&device, Z1 + n * BLOCK, &pattern(7, BLOCK as usize));
-    }
-    assert_eq!(
-        rig.read(&device, Z1 + 9 * BLOCK, BLOCK as usize),
-        pattern(2, BLOCK as usize)
-    );
-    finish(&rig, &device);
-    rig.close(device);
-    let device = rig.open("disk.qcow2");
-    rig.block_on(device.snapshot_apply("then")).unwrap();
-    rig.close(device);
-    let device = rig.open("disk.qcow2");
-    verify(&rig, &device);
-    finish(&rig, &device);
-    rig.close(device);
-}
-
-#[test]
-fn an_overlay_begins_with_the_areas_and_extensions_of_its_backing_image() {
-    let rig = Rig::new();
-    let device = qcow2(&rig, "base.qcow2");
-    exercise(&rig, &device);
-    rig.close(device);
-    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
-    options.size = None;
-    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
-    rig.block_on(create_qcow2(&host(), &options)).unwrap();
-    let device = rig.open("over.qcow2");
-    verify(&rig, &device);
-    finish(&rig, &device);
-    rig.close(device);
-}
-
-#[test]
 fn a_copy_keeps_areas_extensions_and_attributes() {
     let rig = Rig::new();
     let device = raw(&rig);
@@ -397,50 +181,6 @@ fn a_copy_to_a_device_that_cannot_have_them_is_refused() {
     assert!(error.contains("random write area that it cannot have"), "{error}");
     rig.close(target);
     rig.close(device);
-}
-
-#[test]
-fn a_commit_moves_areas_and_extensions_into_the_base() {
-    let rig = Rig::new();
-    let device = qcow2(&rig, "base.qcow2");
-    exercise(&rig, &device);
-    rig.close(device);
-    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
-    options.size = None;
-    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
-    rig.block_on(create_qcow2(&host(), &options)).unwrap();
-    let over = rig.open("over.qcow2");
-    rig.write(&over, Z1 + 9 * BLOCK, &pattern(8, BLOCK as usize));
-    rig.op(&over, ZoneOp::Reset, Z2).unwrap();
-    attach(&rig, &over, Z2, b"from above").unwrap();
-    rig.close(over);
-    // Each layer alone, without what is below it.
-    let over = rig
-        .try_open(
-            "over.qcow2",
-            OpenOptions {
-                read_only: true,
-                no_backing: true,
-                ..OpenOptions::default()
-            },
-        )
-        .unwrap_or_else(|error| panic!("{error}"));
-    let base = rig.open("base.qcow2");
-    rig.block_on(tool::commit(&[&over], &base, &|_, _| ())).unwrap();
-    rig.close(base);
-    let base = rig.open("base.qcow2");
-    assert_eq!(
-        rig.read(&base, Z1 + 9 * BLOCK, BLOCK as usize),
-        pattern(8, BLOCK as usize)
-    );
-    assert_eq!(
-        rig.read(&base, Z1 + 3 * BLOCK, BLOCK as usize),
-        pattern(1, BLOCK as usize)
-    );
-    assert_eq!(extension(&rig, &base, Z2), Some(whole(b"from above")));
-    finish(&rig, &base);
-    rig.close(base);
-    rig.close(over);
 }
 
 #[test]

@@ -235,3 +235,24 @@ pub const WORD_GENERATION: u64 = 0x3f << WORD_GENERATION_SHIFT;
 pub const WORD_GENERATION_SHIFT: u32 = 56;
 /// Run-state word: the written end, bytes from the zone's start.
 pub const WORD_WRITTEN: u64 = (1 << 56) - 1;
+
+#[cfg(test)]
+mod tests {
+    use core::mem::offset_of;
+
+    use super::*;
+
+    #[test]
+    fn fields_lie_where_docs_sidecar_says() {
+        assert_eq!(offset_of!(Header, lost_epoch), 136);
+        assert_eq!(offset_of!(Header, zrwa_size), 144);
+        assert_eq!(offset_of!(Header, zrwa_granularity), 152);
+        assert_eq!(offset_of!(Header, zrwa_count), 160);
+        assert_eq!(offset_of!(Header, extension_size), 164);
+        assert_eq!(offset_of!(Header, zns_flags), 168);
+        assert_eq!(offset_of!(Header, place), 200);
+        assert_eq!(offset_of!(Entry, flags), 24);
+        assert_eq!(offset_of!(Entry, attributes), 25);
+        assert_eq!(offset_of!(Entry, extension_crc), 28);
+    }
+}

@@ -35,6 +35,12 @@ fn image(path: &Path) -> CreateOptions {
         max_open: Some(3),
         max_active: 5,
         max_append: Some(64 << 10),
+        zns: ZnsOptions {
+            zrwa_size: Some(64 << 10),
+            zrwa_granularity: Some(8192),
+            max_zrwa: Some(2),
+            extension_size: 192,
+        },
         ..CreateOptions::new(path, 12 << 20)
     }
 }
@@ -59,7 +65,8 @@ fn memory_conforms() {
         runtime.block_on(async {
             let graph = Graph::parse(
                 "driver=zoned,file.driver=memory,file.size=12M,zone.size=1M,zone.capacity=768k,\
-                 zone.conventional_zones=2,zone.max_open_zones=3,zone.max_active_zones=5,zone.max_append_bytes=64k",
+                 zone.conventional_zones=2,zone.max_open_zones=3,zone.max_active_zones=5,zone.max_append_bytes=64k,\
+                 zone.zrwa_size=64k,zone.max_zrwa=2,zone.descr_ext_size=16320",
             );
             let host: Arc<dyn Host> = Arc::new(OsHost);
             let device = graph.unwrap().open(&host, &OpenOptions::default()).await.unwrap();
@@ -107,60 +114,6 @@ fn raw_conforms(direct: bool) {
             };
             conforms(&device).await;
             device.close().await.unwrap();
-        });
-    });
-}
-
-/// Two areas of 64 KiB with granules of 16 KiB, extensions of 128 bytes.
-fn with_areas(path: &Path) -> CreateOptions {
-    CreateOptions {
-        zns: ZnsOptions {
-            zrwa_size: Some(64 << 10),
-            zrwa_granularity: Some(16 << 10),
-            max_zrwa: Some(2),
-            extension_size: 128,
-        },
-        ..image(path)
-    }
-}
-
-#[test]
-fn memory_with_areas_conforms() {
-    on_both_backends(|runtime| {
-        runtime.block_on(async {
-            let graph = Graph::parse(
-                "driver=zoned,file.driver=memory,file.size=12M,zone.size=1M,zone.capacity=768k,zone.max_open_zones=3,\
-                 zone.max_active_zones=5,zone.max_append_bytes=64k,zone.zrwa_size=64k,zone.zrwa_granularity=8k,\
-                 zone.descr_ext_size=64",
-            );
-            let host: Arc<dyn Host> = Arc::new(OsHost);
-            let device = graph.unwrap().open(&host, &OpenOptions::default()).await.unwrap();
-            conforms(&device).await;
-        });
-    });
-}
-
-#[test]
-fn raw_and_qcow2_with_areas_conform() {
-    let dir = tempfile::tempdir().unwrap();
-    on_both_backends(|runtime| {
-        let path = |suffix| {
-            dir.path()
-                .join(format!("{}.{suffix}", runtime.backend().to_string().len()))
-        };
-        let host: Arc<dyn Host> = Arc::new(OsHost);
-        let (raw, qcow2) = (path("raw"), path("qcow2"));
-        runtime.block_on(async {
-            create(&host, &with_areas(&raw)).await.unwrap();
-            let mut options = Qcow2CreateOptions::new(&qcow2, 12 << 20);
-            options.zones = Some(with_areas(&qcow2));
-            create_qcow2(&host, &options).await.unwrap();
-            for path in [&raw, &qcow2] {
-                let (graph, options) = (Graph::from_path(path), OpenOptions::default());
-                let device = graph.open(&host, &options).await.unwrap();
-                conforms(&device).await;
-                device.close().await.unwrap();
-            }
         });
     });
 }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use zbdkit_block::{
-    CreateOptions, Device, Graph, Host, OpenOptions, Qcow2CreateOptions, RunStateMode, ZoneOp, create_qcow2,
-    tool,
+    CreateOptions, Device, Graph, Host, OpenOptions, Qcow2CreateOptions, RunStateMode, ZnsOptions, ZoneOp,
+    create_qcow2, tool,
 };
 use zbdkit_io::{IoBuf, Runtime};
 use zbdkit_testkit::crash::choose::{Choose, Rng, mix};
@@ -47,7 +47,7 @@ async fn open(host: &Arc<dyn Host>, path: &str, no_backing: bool) -> Device {
 }
 
 fn image(path: &str, model: Model) -> Qcow2CreateOptions {
-    let mut options = Qcow2CreateOptions::new(path, 7 * ZONE);
+    let mut options = Qcow2CreateOptions::new(path, 8 * ZONE);
     options.layout.cluster_size = 4096;
     options.zones = Some(CreateOptions {
         model,
@@ -55,7 +55,15 @@ fn image(path: &str, model: Model) -> Qcow2CreateOptions {
         conventional_zones: 1,
         block_size: 512,
         max_active: 6,
-        ..CreateOptions::new(path, 7 * ZONE)
+        zns: match model {
+            Model::HostManaged => ZnsOptions {
+                zrwa_size: Some(16 << 10),
+                extension_size: 640,
+                ..ZnsOptions::default()
+            },
+            Model::HostAware => ZnsOptions::default(),
+        },
+        ..CreateOptions::new(path, 8 * ZONE)
     });
     options
 }
@@ -80,8 +88,13 @@ async fn op(device: &Device, zone: u64, op: ZoneOp) {
     device.zone_op(&device.lane(4), op, zone * ZONE).await.unwrap();
 }
 
+async fn attach(device: &Device, zone: u64, tag: u8) {
+    let (lane, bytes) = (device.lane(1), [tag; 640]);
+    device.set_extension(&lane, zone * ZONE, &bytes).await.unwrap();
+}
+
 /// A base with zones in several conditions, another one that has some of it differently, and an overlay over the first
-/// that has gone on: written further, reset, reset and written less, written more, set read-only.
+/// that has gone on: written further, reset, reset and written less, written more, written in an area, given another extension, set read-only.
 async fn make(host: &Arc<dyn Host>, model: Model) {
     for (path, tag) in [(BASE, 0xb0), (OTHER, 0xc0)] {
         create_qcow2(host, &image(path, model)).await.unwrap();
@@ -93,9 +106,14 @@ async fn make(host: &Arc<dyn Host>, model: Model) {
         write(&base, 3, 0, 16 << 10, 0xb0).await;
         write(&base, 4, 0, 16 << 10, tag).await;
         write(&base, 6, 0, 10 << 10, tag).await;
+        if model == Model::HostManaged {
+            op(&base, 5, ZoneOp::OpenZrwa).await;
+            write(&base, 5, 9 << 10, 6 << 10, tag).await;
+            attach(&base, 7, tag).await;
+        }
         base.close().await.unwrap();
     }
-    let mut overlay = Qcow2CreateOptions::new(TOP, 7 * ZONE);
+    let mut overlay = Qcow2CreateOptions::new(TOP, 8 * ZONE);
     overlay.layout.cluster_size = 4096;
     overlay.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
     create_qcow2(host, &overlay).await.unwrap();
@@ -108,6 +126,12 @@ async fn make(host: &Arc<dyn Host>, model: Model) {
     op(&top, 4, ZoneOp::Reset).await;
     write(&top, 4, 0, 24 << 10, 0x10).await;
     write(&top, 5, 0, 3 << 10, 0x10).await;
+    if model == Model::HostManaged {
+        // Over some of what the base has there, and behind the area.
+        write(&top, 5, 12 << 10, 8 << 10, 0x10).await;
+        op(&top, 7, ZoneOp::Reset).await;
+        attach(&top, 7, 0x10).await;
+    }
     op(&top, 6, ZoneOp::SetReadOnly).await;
     top.close().await.unwrap();
 }
@@ -211,6 +235,7 @@ fn same(a: &View, b: &View, what: &str) {
         assert_eq!(a, b, "{what}");
         assert!(x == y, "{what}: the contents of zone {} differ", a.zone);
     }
+    assert!(a.extensions == b.extensions, "{what}: extensions differ");
 }
 
 fn written<'a>(zone: &ZoneInfo, view: &'a View) -> &'a [u8] {

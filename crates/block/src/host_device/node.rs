@@ -181,7 +181,7 @@ impl HostDeviceNode {
             (ZoneOp::Close(_), Condition::Empty | Condition::Closed | Condition::Full)
             | (ZoneOp::Finish, Condition::Full)
             | (ZoneOp::Reset, Condition::Empty) => Ok(()),
-            (ZoneOp::Open, condition @ Condition::Full) => {
+            (ZoneOp::Open | ZoneOp::OpenZrwa, condition @ Condition::Full) => {
                 Err(ZoneError::InvalidTransition { zone, condition }.into())
             }
             _ => Err(failure),
@@ -206,16 +206,15 @@ impl HostDeviceNode {
         let result = self.drive.commit_zrwa(end).await;
         // It may be full now, and have lost its area.
         turn.forget();
-        match result {
-            Err(Error::Io { op, errno }) => match self.misses_area(zone, end).await {
-                Some(rule) => Err(rule.into()),
-                None => Err(self.reason(op, errno, zone, true).await),
-            },
-            result => result,
+        let Err(failure) = result else { return Ok(()) };
+        match (self.misses_area(zone, end).await, failure) {
+            (Some(rule), _) => Err(rule.into()),
+            (None, Error::Io { op, errno }) => Err(self.reason(op, errno, zone, true).await),
+            (None, failure) => Err(failure),
         }
     }
 
-    /// The rule that a commit breaks, where a drive only says that something is wrong.
+    /// The rule that a failed commit breaks: drives have several statuses for that, none of which says which it is.
     async fn misses_area(&self, zone: ZoneNo, end: u64) -> Option<ZoneError> {
         let info = self.lines.report(zone).await.ok()?;
         let place = Writable {

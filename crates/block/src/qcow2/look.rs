@@ -12,7 +12,7 @@ use std::sync::Arc;
 use zbdkit_io::File;
 use zbdkit_qcow2::{Header, Qcow2, Snapshot, read_snapshots};
 use zbdkit_spec::qcow2::{AUTOCLEAR_ZONE_TABLE, INCOMPAT_ZONED, ZONED_MAX_ZONES};
-use zbdkit_zone::{Geometry, MAX_EXTENSION_SIZE, ZoneRecord};
+use zbdkit_zone::{Geometry, MAX_EXTENSION_SIZE, ZoneNo, ZoneRecord};
 
 use super::directory::Directory;
 use super::extension::{self, Draft, Zones};
@@ -23,8 +23,8 @@ use super::zones::{self, Known};
 use crate::check::{ZoneCheck, data_end, tell};
 use crate::host::Host;
 use crate::zoned::{
-    Finding, Mirror, Records, Salvaged, Slots, Table, bare_words, drop_damaged, is_beyond_bare_tables,
-    read_at, spec_of, table_size, zones_of,
+    Finding, Mirror, Records, Salvaged, Slots, Table, TableError, bare_words, drop_damaged,
+    is_beyond_bare_tables, read_at, spec_of, table_size, zones_of,
 };
 
 /// Everything that can be known of an image's zones without believing any of it.
@@ -104,10 +104,7 @@ impl Look {
             }
             let why = match entry.table.1 > table_size(ZONED_MAX_ZONES, MAX_EXTENSION_SIZE) {
                 true => Some("it is larger than it can be".to_owned()),
-                false => Table::load(file.clone(), entry.table.0, entry.table.1)
-                    .await
-                    .err()
-                    .map(|error| error.to_string()),
+                false => unusable(file, entry.table).await.map(|error| error.to_string()),
             };
             self.bad_entries.extend(why.map(|why| (entry.id.clone(), why)));
         }
@@ -491,6 +488,23 @@ pub fn zones_make_sense(header: &Header, file: &File) -> bool {
     let mut with_bit = header.clone();
     with_bit.incompatible |= INCOMPAT_ZONED;
     matches!(extension::zones(&with_bit, file.len().unwrap_or(0)), Ok(Some(_)))
+}
+
+/// Why a snapshot's zone table cannot be used, if it cannot.
+async fn unusable(file: &File, (offset, len): (u64, u64)) -> Option<TableError> {
+    let loaded = match Table::load(file.clone(), offset, len).await {
+        Ok(loaded) => loaded,
+        Err(error) => return Some(error),
+    };
+    let slots = Slots::of(&loaded.table)?;
+    for (zone, record) in &loaded.records {
+        if let Some(checksum) = record.extension
+            && let Err(error) = slots.checked(ZoneNo(*zone), checksum).await
+        {
+            return Some(error);
+        }
+    }
+    None
 }
 
 async fn salvage(file: &File, ours: &Ours, header: &Header) -> Result<Salvaged, String> {

@@ -12,7 +12,8 @@ use crate::device::Device;
 /// `None`), cluster by cluster. Durable when this returns; the overlay's header is then to be changed. Says how many
 /// bytes were copied.
 ///
-/// Bytes above the written ends of the overlay's zones are nobody's and stay as they are.
+/// Bytes above the written ends of the overlay's zones are nobody's and stay as they are, but for zones with a random write
+/// area: there they are zeros, and the overlay gets them itself.
 ///
 /// # Errors
 /// Refused: the overlay is read-only. A request failed: the overlay reads as before, over its present backing image.
@@ -35,6 +36,7 @@ pub async fn rebase(
         shown: present.map_or(0, |node| node.limits().size.next_multiple_of(cluster)),
         buffers: [IoBuf::alloc(CHUNK as usize), IoBuf::alloc(CHUNK as usize)],
     };
+    rebase.zero_above_areas().await?;
     let size = overlay.limits().size;
     let (mut at, mut copied) = (0, 0);
     progress(0, size);
@@ -70,6 +72,29 @@ struct Rebase<'a> {
 }
 
 impl Rebase<'_> {
+    /// Makes what lies above random write areas zeros of the overlay's own, wherever they come from now.
+    async fn zero_above_areas(&self) -> Result<(), ToolError> {
+        let Some(engine) = self.overlay.engine() else {
+            return Ok(());
+        };
+        let geometry = engine.geometry();
+        for zone in geometry.zones() {
+            let record = engine.record(zone);
+            if !record.zrwa {
+                continue;
+            }
+            let (mut at, end) = (geometry.data_end(zone, &record), geometry.end(zone));
+            while at < end {
+                let len = (end - at).min(CHUNK);
+                let zeros = self.buffers[0].slice(0..len as usize);
+                zeros.fill(0..len as usize, 0);
+                self.write(at, zeros).await?;
+                at += len;
+            }
+        }
+        Ok(())
+    }
+
     /// Compares the beginning of a range that the overlay has not; where that ended, and how much was copied.
     async fn piece(&self, range: Range<u64>) -> Result<(u64, u64), ToolError> {
         let at = range.start;

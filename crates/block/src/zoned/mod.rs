@@ -253,7 +253,12 @@ impl ZonedNode {
 
     /// The way of an admitted write to its acknowledgement.
     async fn carry_out(&self, lane: &Lane, permit: WritePermit, data: Data) -> Result<(), Error> {
-        let stored = self.store(lane, &permit, data).await;
+        // Once more: an operation that failed with the epoch may have let it in, and its record may be there nevertheless,
+        // with an area that shows what is written now.
+        let stored = match self.check_epoch() {
+            Ok(()) => self.store(lane, &permit, data).await,
+            Err(error) => Err(error),
+        };
         let errno = stored.as_ref().map(|_| ()).map_err(Error::errno);
         match self.engine.complete(permit, errno, &self.waiters) {
             Completion::Prefix(prefix) => {

@@ -1,6 +1,8 @@
 //! A directory for images, a runtime, and what tests do with devices.
 #![allow(dead_code, reason = "each test program uses some of it")]
 
+pub mod zns;
+
 use std::fs::File as StdFile;
 use std::future::Future;
 use std::path::PathBuf;

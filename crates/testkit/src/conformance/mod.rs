@@ -120,16 +120,10 @@ async fn run_as<'a>(device: &'a Device, keeper: Keeper, observer: Observer<'a>) 
     s.suite("conventional zones", data::conventional(s)).await?;
     s.suite("transitions", rules::transitions(s)).await?;
     s.suite("resources", rules::resources(s)).await?;
+    s.suite("random write areas", zns::areas(s)).await?;
+    s.suite("descriptor extensions", zns::extensions(s)).await?;
     s.suite("reports", rules::reports(s)).await?;
     s.suite("errors", rules::errors(s)).await?;
-    if let Some(zrwa) = geometry.zrwa() {
-        s.suite("random write areas", zns::areas(s, zrwa)).await?;
-        s.suite("resources of areas", zns::resources(s, zrwa)).await?;
-        s.suite("ends of areas", zns::ends(s, zrwa)).await?;
-    }
-    if geometry.extension_size() > 0 {
-        s.suite("descriptor extensions", zns::extensions(s)).await?;
-    }
     if keeper == Keeper::Engine {
         s.suite("operator", rules::operator(s)).await?;
     }
@@ -270,24 +264,6 @@ impl Subject<'_> {
         self.observe(
             format_args!("{op:?} of zone {zone}"),
             self.device.zone_op(&self.lane, op, self.start(zone)).await,
-        )
-        .await
-    }
-
-    async fn commit(&self, end: u64) -> Result<(), Error> {
-        self.observe(
-            format_args!("a commit up to {end}"),
-            self.device.commit_zrwa(&self.lane, end).await,
-        )
-        .await
-    }
-
-    async fn set_extension(&self, zone: ZoneNo, extension: &[u8]) -> Result<(), Error> {
-        self.observe(
-            format_args!("an extension of zone {zone}"),
-            self.device
-                .set_extension(&self.lane, self.start(zone), extension)
-                .await,
         )
         .await
     }

@@ -46,10 +46,14 @@ impl<'a> Judge<'a> {
         self.area(zone, info)?;
         let end = info.written_end - info.start;
         let pointers = self.pointers(zone, info, area);
-        let ends: Vec<u64> = pointers
+        let mut ends: Vec<u64> = pointers
             .iter()
             .flat_map(|pointer| [*pointer, (pointer + area.size).min(info.capacity)])
             .collect();
+        ends.extend(
+            self.earlier(zone, info)
+                .map(|before| before.written_end - before.start),
+        );
         if info.attributes.zrwa {
             // An operator's condition does not touch the pointer.
             let pointer = info.wp - info.start;

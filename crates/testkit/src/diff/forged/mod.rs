@@ -16,7 +16,7 @@ use std::sync::{Arc, LazyLock, OnceLock};
 
 use zbdkit_block::{
     CreateOptions, CrossZone, Device, Graph, Host, OpenOptions, Preallocation, Qcow2CreateOptions, Repair,
-    RunStateMode, ZoneOp, check, create_qcow2,
+    RunStateMode, ZnsOptions, ZoneOp, check, create_qcow2,
 };
 use zbdkit_io::{IoBuf, Runtime};
 use zbdkit_qcow2::{Header, Layout};
@@ -124,6 +124,15 @@ async fn make(number: u8) -> Valid {
             max_open: Some(2),
             max_active: 3,
             block_size: 512,
+            zns: match number {
+                0 | 1 => ZnsOptions {
+                    zrwa_size: Some(2048),
+                    zrwa_granularity: Some(1024),
+                    max_zrwa: Some(2),
+                    extension_size: 128,
+                },
+                _ => ZnsOptions::default(),
+            },
             ..CreateOptions::new(IMAGE, 0)
         }),
         // The last zone is shorter.
@@ -299,6 +308,9 @@ async fn look(device: &Device, rng: &mut Rng) {
             "{zone:?} has more bytes than capacity"
         );
     }
+    for zone in &zones {
+        let _ = device.extension(zone.start).await;
+    }
     let lane = device.lane(4);
     for _ in 0..8 {
         let offset = rng.below(limits.size / 512 + 1) * 512;
@@ -327,7 +339,7 @@ async fn work(device: &Device, rng: &mut Rng) {
         return;
     };
     let Some(zone) = zones.first() else { return };
-    match rng.below(12) {
+    match rng.below(14) {
         0..=4 => drop(device.write(&lane, buf, zone.wp).await),
         5..=6 => drop(device.append(&lane, buf, zone.start).await),
         7 => drop(device.write(&lane, buf, zone.start).await),
@@ -346,6 +358,9 @@ async fn work(device: &Device, rng: &mut Rng) {
             let _ = device.zone_op(&lane, op, zone.start).await;
         }
         10 => drop(device.zone_op(&lane, ZoneOp::Reset, zone.start).await),
+        11 if zone.attributes.zrwa => drop(device.commit_zrwa(&lane, zone.wp + 1024).await),
+        11 => drop(device.zone_op(&lane, ZoneOp::OpenZrwa, zone.start).await),
+        12 => drop(device.set_extension(&lane, zone.start, &[0x5a; 128]).await),
         _ => drop(device.write_zeroes(&lane, zone.wp, 4096, true).await),
     }
 }

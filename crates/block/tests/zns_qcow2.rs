@@ -1,0 +1,267 @@
+//! Random write areas, descriptor extensions and attributes of zones inside qcow2 images, with what is done to those.
+
+mod support;
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+
+use support::zns::*;
+use support::{Rig, host, pattern};
+use zbdkit_block::{
+    Device, Graph, OpenOptions, Preallocation, Qcow2CreateOptions, Repair, ZoneOp, check, create_qcow2, tool,
+};
+use zbdkit_zone::Condition;
+
+#[test]
+fn areas_and_extensions_outlive_a_close_inside_a_qcow2_image() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "disk.qcow2");
+    exercise(&rig, &device);
+    rig.close(device);
+    let device = rig.open_read_only("disk.qcow2");
+    verify(&rig, &device);
+    rig.close(device);
+    let device = rig.open("disk.qcow2");
+    verify(&rig, &device);
+    finish(&rig, &device);
+    rig.close(device);
+}
+
+#[test]
+fn a_damaged_extension_of_a_snapshot_is_noticed_and_never_lost_in_silence() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "disk.qcow2");
+    attach(&rig, &device, Z2, b"in the snapshot").unwrap();
+    rig.block_on(device.snapshot_create("then")).unwrap();
+    rig.close(device);
+    let mut bytes = fs::read(rig.path("disk.qcow2")).unwrap();
+    // The image's own first, then the snapshot's.
+    let found = |bytes: &[u8], from: usize| {
+        let rest = bytes[from..].windows(6).position(|six| six == b"in the");
+        rest.map(|at| from + at)
+    };
+    let own = found(&bytes, 0).unwrap();
+    let copy = found(&bytes, own + 1).unwrap();
+    bytes[copy] ^= 1;
+    fs::write(rig.path("disk.qcow2"), bytes).unwrap();
+    let graph = Graph::from_path(rig.path("disk.qcow2"));
+    let options = OpenOptions::default();
+    let checked = rig.block_on(check(&host(), &graph, &options, Repair::None, &mut |_, _| ()));
+    let said = checked.unwrap().zones.unwrap().messages.join("\n");
+    assert!(
+        said.contains("snapshot 1 cannot be used: the descriptor extension of zone 2 is damaged"),
+        "{said}"
+    );
+    let device = rig.open("disk.qcow2");
+    let applied = rig.block_on(device.snapshot_apply("then"));
+    assert!(
+        applied
+            .unwrap_err()
+            .to_string()
+            .contains("extension of zone 2 is damaged")
+    );
+    assert_eq!(extension(&rig, &device, Z2), Some(whole(b"in the snapshot")));
+    rig.close(device);
+}
+
+#[test]
+fn snapshots_keep_areas_and_extensions() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "disk.qcow2");
+    exercise(&rig, &device);
+    rig.block_on(device.snapshot_create("then")).unwrap();
+    // The area goes on over clusters that are shared with the snapshot.
+    for n in [5, 4, 19, 11] {
+        rig.write(&device, Z1 + n * BLOCK, &pattern(7, BLOCK as usize));
+    }
+    assert_eq!(
+        rig.read(&device, Z1 + 9 * BLOCK, BLOCK as usize),
+        pattern(2, BLOCK as usize)
+    );
+    finish(&rig, &device);
+    rig.close(device);
+    let device = rig.open("disk.qcow2");
+    rig.block_on(device.snapshot_apply("then")).unwrap();
+    rig.close(device);
+    let device = rig.open("disk.qcow2");
+    verify(&rig, &device);
+    finish(&rig, &device);
+    rig.close(device);
+}
+
+/// Blocks of an area that lie behind a write in clusters that must be copied before they are written.
+#[test]
+fn what_an_area_holds_behind_a_write_outlives_it_in_clusters_of_a_snapshot_or_a_base() {
+    let rig = Rig::new();
+    let device = qcow2_with(&rig, "disk.qcow2", BLOCK);
+    exercise(&rig, &device);
+    rig.block_on(device.snapshot_create("then")).unwrap();
+    let below = |device: &Device| {
+        rig.write(device, Z1 + 5 * BLOCK, &pattern(7, BLOCK as usize));
+        for (n, seed) in [(5, 7), (9, 2), (16, 1)] {
+            let read = rig.read(device, Z1 + n * BLOCK, BLOCK as usize);
+            assert!(read == pattern(seed, BLOCK as usize), "block {n}");
+        }
+    };
+    below(&device);
+    rig.close(device);
+    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
+    options.size = None;
+    options.layout.cluster_size = BLOCK;
+    options.layout.backing = Some(("disk.qcow2".into(), Some("qcow2".into())));
+    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    let device = rig.open("over.qcow2");
+    below(&device);
+    rig.close(device);
+}
+
+#[test]
+fn an_overlay_begins_with_the_areas_and_extensions_of_its_backing_image() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "base.qcow2");
+    exercise(&rig, &device);
+    rig.close(device);
+    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
+    options.size = None;
+    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
+    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    let device = rig.open("over.qcow2");
+    verify(&rig, &device);
+    finish(&rig, &device);
+    rig.close(device);
+}
+
+#[test]
+fn a_resized_image_keeps_areas_and_extensions() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "disk.qcow2");
+    exercise(&rig, &device);
+    rig.block_on(device.resize(10 * ZONE, false, Preallocation::Off))
+        .unwrap();
+    rig.close(device);
+    let device = rig.open("disk.qcow2");
+    verify(&rig, &device);
+    attach(&rig, &device, 9 * ZONE, b"in a new zone").unwrap();
+    rig.close(device);
+    let device = rig.open("disk.qcow2");
+    assert_eq!(extension(&rig, &device, 9 * ZONE), Some(whole(b"in a new zone")));
+    let shrunk = rig.block_on(device.resize(8 * ZONE, true, Preallocation::Off));
+    assert!(shrunk.unwrap_err().to_string().contains("not empty"));
+    finish(&rig, &device);
+    rig.close(device);
+}
+
+#[test]
+fn a_stranger_loses_extensions_and_nothing_else_and_the_next_opening_says_so() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "disk.qcow2");
+    attach(&rig, &device, Z2, b"lost soon").unwrap();
+    rig.write(&device, Z1, &pattern(1, BLOCK as usize));
+    rig.close(device);
+    // What a program does that does not know the autoclear bit 40.
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(rig.path("disk.qcow2"))
+        .unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 90).unwrap();
+    assert_eq!(byte, [1]);
+    file.write_all_at(&[0], 90).unwrap();
+    let device = rig.open("disk.qcow2");
+    let told = device.notices().join(" ");
+    assert!(told.contains("descriptor extensions"), "{told}");
+    assert_eq!(extension(&rig, &device, Z2), None);
+    assert_eq!(zone(&rig, &device, Z2).condition, Condition::Empty);
+    assert_eq!(zone(&rig, &device, Z1).wp, Z1 + BLOCK);
+    // The device has what it had.
+    rig.op(&device, ZoneOp::OpenZrwa, 3 * ZONE).unwrap();
+    attach(&rig, &device, Z2, b"again").unwrap();
+    rig.close(device);
+}
+
+#[test]
+fn an_image_with_an_area_is_marked_for_programs_that_know_none() {
+    let rig = Rig::new();
+    let marked = || {
+        let bytes = fs::read(rig.path("disk.qcow2")).unwrap();
+        bytes[74] & 1 == 1
+    };
+    let device = qcow2(&rig, "disk.qcow2");
+    attach(&rig, &device, Z2, b"an extension alone").unwrap();
+    assert!(!marked());
+    rig.op(&device, ZoneOp::OpenZrwa, Z1).unwrap();
+    assert!(marked());
+    rig.close(device);
+}
+
+#[test]
+fn a_commit_moves_areas_and_extensions_into_the_base() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "base.qcow2");
+    exercise(&rig, &device);
+    rig.close(device);
+    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
+    options.size = None;
+    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
+    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    let over = rig.open("over.qcow2");
+    rig.write(&over, Z1 + 9 * BLOCK, &pattern(8, BLOCK as usize));
+    rig.op(&over, ZoneOp::Reset, Z2).unwrap();
+    attach(&rig, &over, Z2, b"from above").unwrap();
+    rig.close(over);
+    // Each layer alone, without what is below it.
+    let over = rig
+        .try_open(
+            "over.qcow2",
+            OpenOptions {
+                read_only: true,
+                no_backing: true,
+                ..OpenOptions::default()
+            },
+        )
+        .unwrap_or_else(|error| panic!("{error}"));
+    let base = rig.open("base.qcow2");
+    rig.block_on(tool::commit(&[&over], &base, &|_, _| ())).unwrap();
+    rig.close(base);
+    let base = rig.open("base.qcow2");
+    assert_eq!(
+        rig.read(&base, Z1 + 9 * BLOCK, BLOCK as usize),
+        pattern(8, BLOCK as usize)
+    );
+    assert_eq!(
+        rig.read(&base, Z1 + 3 * BLOCK, BLOCK as usize),
+        pattern(1, BLOCK as usize)
+    );
+    assert_eq!(extension(&rig, &base, Z2), Some(whole(b"from above")));
+    finish(&rig, &base);
+    rig.close(base);
+    rig.close(over);
+}
+
+#[test]
+fn what_lies_above_an_area_is_zeros_over_another_base_too() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "base.qcow2");
+    exercise(&rig, &device);
+    rig.close(device);
+    let other = qcow2(&rig, "other.qcow2");
+    rig.write(&other, Z1, &pattern(9, (ZONE - 4 * BLOCK) as usize));
+    rig.close(other);
+    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
+    options.size = None;
+    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
+    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    let over = rig.open("over.qcow2");
+    let other = rig.open_read_only("other.qcow2");
+    rig.block_on(tool::rebase(&over, Some(&other), &|_, _| ()))
+        .unwrap();
+    rig.block_on(tool::set_backing(&over, Some(("other.qcow2", Some("qcow2")))))
+        .unwrap();
+    rig.close(over);
+    rig.close(other);
+    let over = rig.open("over.qcow2");
+    verify(&rig, &over);
+    finish(&rig, &over);
+    rig.close(over);
+}
