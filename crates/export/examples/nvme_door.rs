@@ -94,9 +94,11 @@ fn serve(socket: &Path) -> Server {
     Server::bind(subsystem, ServeOptions::new(Socket::Path(socket.into()))).expect("a server")
 }
 
-/// CPU time of the threads that serve, which are named so.
+/// CPU time of the threads that serve: those that are named so, but for the driver's, which has the program's name.
 fn controller_cpu() -> Duration {
+    let driver = std::process::id().to_string();
     let tasks = std::fs::read_dir("/proc/self/task").expect("/proc").flatten();
+    let tasks = tasks.filter(|task| task.file_name() != *driver);
     let times = tasks.filter_map(|task| {
         let name = std::fs::read_to_string(task.path().join("comm")).ok()?;
         let spent = std::fs::read_to_string(task.path().join("schedstat")).ok()?;

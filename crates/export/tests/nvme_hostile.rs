@@ -165,9 +165,9 @@ fn step() -> impl Strategy<Value = Step> {
         (4u16..1100, prop_oneof![0u32..80, any::<u32>()])
             .prop_map(|(index, value)| Step::Ring { index, value }),
         (0u16..7, any::<u16>()).prop_map(|(sqid, cid)| Step::Abort { sqid, cid }),
-        // Registers but CC and NSSR, in any width; within the region, since the client waits for ever for what is refused.
+        // Registers but CC, in any width; within the region, since the client waits for ever for what is refused.
         (
-            prop_oneof![0u64..0x14, 0x1c..0x20u64, 0x24..0x1000u64, 0x3000..0x3ff8u64],
+            prop_oneof![0u64..0xd, 0x1c..0x20u64, 0x24..0x1000u64, 0x3000..0x3ff8u64],
             prop::collection::vec(any::<u8>(), 1..9),
         )
             .prop_map(|(at, bytes)| Step::Write { at, bytes }),
