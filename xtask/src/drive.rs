@@ -268,8 +268,19 @@ impl Zbdkit {
 
     /// Serves `images` as the namespaces of an NVMe controller, as [`serve`](Self::serve) does.
     pub fn serve_nvme(&self, images: &[&Path], socket: &Path, log: &Path) -> Result<Daemon> {
+        self.serve_nvme_with(&[], images, socket, log)
+    }
+
+    /// The same with more options.
+    pub fn serve_nvme_with(
+        &self,
+        options: &[&str],
+        images: &[&Path],
+        socket: &Path,
+        log: &Path,
+    ) -> Result<Daemon> {
         let mut serve = self.command();
-        serve.arg("serve").arg("--nvme").arg(socket);
+        serve.arg("serve").args(options).arg("--nvme").arg(socket);
         for image in images {
             serve.arg("--namespace").arg(image);
         }

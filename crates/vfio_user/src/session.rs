@@ -306,7 +306,8 @@ impl<'a, D: Device> Session<'a, D> {
         regions.get(index as usize).ok_or(Refused::NoSuchRegion(index))
     }
 
-    /// A client that makes too little room for the areas gets the rest, and asks again with what `argsz` says.
+    /// A client that makes too little room for the areas gets the rest, and asks again with what `argsz` says. It hears where
+    /// they would be all the same: QEMU takes a region with capabilities at offset 0 for an error.
     fn region_info(&self, room: u32, index: u32) -> Result<Answer, Refused> {
         let region = self.region(index)?;
         let bit = |set: bool, bit: u32| if set { bit } else { 0 };
@@ -320,12 +321,10 @@ impl<'a, D: Device> Session<'a, D> {
             argsz: (whole as u32).into(),
             flags: flags.into(),
             index: index.into(),
-            cap_offset: (if fits && !areas.is_empty() {
-                size_of::<RegionInfo>() as u32
-            } else {
-                0
-            })
-            .into(),
+            cap_offset: match areas.is_empty() {
+                true => 0.into(),
+                false => (size_of::<RegionInfo>() as u32).into(),
+            },
             size: region.size.into(),
             offset: region.mmap.as_ref().map_or(0, |mmap| mmap.offset).into(),
         };

@@ -197,7 +197,7 @@ fn the_areas_of_a_mappable_region_come_when_there_is_room() {
     let mut ask = [0; 32];
     (ask[0], ask[8]) = (32, MAPPABLE as u8);
     let short = raw.call(command::DEVICE_GET_REGION_INFO, &ask, &[]).unwrap();
-    assert_eq!((short.len(), short[0], short[12]), (32, 80, 0));
+    assert_eq!((short.len(), short[0], short[12]), (32, 80, 32));
     ask[0] = 80;
     let whole = raw.call(command::DEVICE_GET_REGION_INFO, &ask, &[]).unwrap();
     assert_eq!((whole.len(), whole[0], whole[4], whole[12]), (80, 80, 15, 32));

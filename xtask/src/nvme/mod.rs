@@ -111,9 +111,14 @@ impl Stage<'_> {
 
     /// A daemon with a controller of these namespaces: paths or graphs.
     fn serve<N: AsRef<Path>>(&self, namespaces: &[N]) -> Result<Daemon> {
+        self.serve_with(&[], namespaces)
+    }
+
+    fn serve_with<N: AsRef<Path>>(&self, options: &[&str], namespaces: &[N]) -> Result<Daemon> {
         let namespaces: Vec<&Path> = namespaces.iter().map(AsRef::as_ref).collect();
+        let socket = self.sockets.path().join("n.sock");
         self.zbdkit
-            .serve_nvme(&namespaces, &self.sockets.path().join("n.sock"), &self.log)
+            .serve_nvme_with(options, &namespaces, &socket, &self.log)
     }
 
     /// A guest with the controller of `daemon`.
