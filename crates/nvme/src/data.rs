@@ -1,5 +1,7 @@
 //! The rarer commands on data (NVM Command Set 1.1, 3): Flush, Compare, Verify, Write Zeroes, Dataset Management.
 
+use std::ops::Range;
+
 use zbdkit_io::IoBuf;
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::command::NSID_ALL;
@@ -111,8 +113,8 @@ impl<T: Transfer> Request<'_, T> {
             wanted.extend((blocks.count != 0).then_some(range));
         }
         if namespace.zones().is_some() {
-            for (offset, len) in wanted {
-                check_online(namespace, offset, len).await?;
+            for range in merged(wanted) {
+                check_online(namespace, range.start, range.end - range.start).await?;
             }
             return Ok(0);
         }
@@ -121,5 +123,31 @@ impl<T: Transfer> Request<'_, T> {
         }
         self.make_durable(namespace, lane, false).await?;
         Ok(0)
+    }
+}
+
+/// The ranges (start and length) in ascending order, each byte in one of them only: however often a host names a zone, it is
+/// looked at once.
+fn merged(mut ranges: Vec<(u64, u64)>) -> Vec<Range<u64>> {
+    ranges.sort_unstable();
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for (start, len) in ranges {
+        match merged.last_mut() {
+            Some(last) if start <= last.end => last.end = last.end.max(start + len),
+            _ => merged.push(start..start + len),
+        }
+    }
+    merged
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_touch_or_overlap_are_one() {
+        let ranges = vec![(8, 4), (0, 4), (4, 2), (0, 1), (9, 1), (20, 5)];
+        assert_eq!(merged(ranges), [0..6, 8..12, 20..25]);
+        assert_eq!(merged(vec![]), []);
     }
 }

@@ -136,6 +136,18 @@ impl Dma {
         true
     }
 
+    /// Whether all of a range is memory of the client, however it came.
+    pub fn covers(&self, address: u64, len: u64) -> bool {
+        let mut done = 0;
+        while done < len {
+            match self.piece(address.wrapping_add(done), len - done) {
+                Some((_, room)) => done += room,
+                None => return false,
+            }
+        }
+        true
+    }
+
     /// Copies bytes from the client's memory.
     ///
     /// # Errors

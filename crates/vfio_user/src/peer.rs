@@ -59,6 +59,8 @@ pub(crate) struct Peer {
 #[derive(Debug)]
 struct State {
     closed: bool,
+    /// The server's thread waits for the device, and would not send anything.
+    refuses: bool,
     max_data: u32,
     waiting: VecDeque<Arc<Access>>,
     sent: Vec<Sent>,
@@ -123,6 +125,7 @@ impl Peer {
         Ok(Peer {
             state: Mutex::new(State {
                 closed: false,
+                refuses: false,
                 max_data: MAX_CHUNK,
                 waiting: VecDeque::new(),
                 sent: Vec::new(),
@@ -163,6 +166,9 @@ impl Peer {
             let mut state = lock(&self.state);
             if state.closed {
                 return Err(DmaError::Disconnected);
+            }
+            if state.refuses {
+                return Err(DmaError::Cancelled);
             }
             if state.waiting.len() == MAX_WAITING {
                 return Err(DmaError::Busy);
@@ -251,9 +257,15 @@ impl Peer {
         self.end(DmaError::Cancelled, |access| access.touches(address, size));
     }
 
-    /// Ends every access.
-    pub(crate) fn cancel_all(&self) {
+    /// Ends every access, and begins none until they are [allowed](Self::allow) again.
+    pub(crate) fn refuse(&self) {
+        lock(&self.state).refuses = true;
         self.end(DmaError::Cancelled, |_| true);
+    }
+
+    /// Takes accesses again.
+    pub(crate) fn allow(&self) {
+        lock(&self.state).refuses = false;
     }
 
     /// Ends every access, and takes no more: the client is gone.
@@ -299,5 +311,27 @@ fn errno(number: u32) -> Errno {
 impl AsFd for Peer {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.knock.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::Context;
+
+    use super::*;
+
+    #[test]
+    fn while_they_are_refused_accesses_end_at_once() {
+        let peer = Peer::new().unwrap();
+        let mut cx = Context::from_waker(Waker::noop());
+        let cancelled = Poll::Ready(Err(DmaError::Cancelled));
+        let mut before = pin!(peer.read(0, 4));
+        assert!(before.as_mut().poll(&mut cx).is_pending());
+        peer.refuse();
+        assert_eq!(before.poll(&mut cx), cancelled);
+        assert_eq!(pin!(peer.read(0, 4)).poll(&mut cx), cancelled);
+        peer.allow();
+        assert!(pin!(peer.read(0, 4)).poll(&mut cx).is_pending());
     }
 }

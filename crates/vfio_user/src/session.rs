@@ -455,9 +455,12 @@ impl<'a, D: Device> Session<'a, D> {
     }
 
     fn reset(&mut self) -> Result<(), Refused> {
-        // What waits for the client would wait for us.
-        self.link.dma.peer().cancel_all();
-        Ok(self.device.reset()?)
+        // What waits for the client would wait for us, now and as long as we wait for the device.
+        let peer = self.link.dma.peer();
+        peer.refuse();
+        let result = self.device.reset();
+        peer.allow();
+        Ok(result?)
     }
 }
 

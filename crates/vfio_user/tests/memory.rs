@@ -64,6 +64,10 @@ fn mapped_memory_is_read_and_written_over_neighbouring_regions() {
     );
     assert!(link.dma.is_mapped(0x10000, 2 * PAGE));
     assert!(!link.dma.is_mapped(0x10000, 2 * PAGE + 1));
+    raw.map(0x10000 + 2 * PAGE, PAGE, None).unwrap();
+    assert!(link.dma.covers(0x10000, 3 * PAGE) && !link.dma.is_mapped(0x10000, 3 * PAGE));
+    assert!(!link.dma.covers(0x10000, 3 * PAGE + 1));
+    raw.unmap(0x10000 + 2 * PAGE, PAGE).unwrap();
     let beyond = read(link, 0x10000 + PAGE, PAGE as usize + 1).join().unwrap();
     assert!(matches!(beyond, Err(DmaError::Outside { .. })));
 }

@@ -1,7 +1,7 @@
 //! What one connection has in common for all threads: link, controller, doorbells, and what registers were written.
 
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
@@ -23,6 +23,8 @@ pub(super) struct Front {
     halted: AtomicBool,
     /// CC.MPS when the controller was enabled, as bytes.
     page: AtomicU64,
+    /// Bytes that commands hold to copy their data.
+    pub(super) copies: AtomicUsize,
     written: Mutex<Written>,
     changed: Condvar,
 }
@@ -142,6 +144,7 @@ impl Front {
             doorbells: Doorbells::new(page, queues),
             halted: AtomicBool::new(false),
             page: AtomicU64::new(4096),
+            copies: AtomicUsize::new(0),
             written: Mutex::new(Written {
                 cc_seen: true,
                 ..Written::default()
@@ -201,6 +204,8 @@ impl Front {
     pub(super) fn begin_reset(&self) -> u64 {
         let mut written = self.lock();
         written.resets_wanted += 1;
+        // Now, not when it is done: as soon as the host sees that, it may write them.
+        written.admin = AdminQueueRegisters::default();
         written.cc = Cc::new();
         written.cc_seen = true;
         let wanted = written.resets_wanted;
@@ -278,7 +283,6 @@ impl Front {
     pub(super) fn reset_done(&self, number: u64) {
         let mut written = self.lock();
         written.resets_done = number;
-        written.admin = AdminQueueRegisters::default();
         drop(written);
         self.changed.notify_all();
     }

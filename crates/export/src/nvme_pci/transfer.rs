@@ -1,7 +1,8 @@
 //! A command's data: right in guest memory where that is mapped, copied where it has to be asked for.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use zbdkit_io::IoBuf;
 use zbdkit_io::mem::{Access, MemError};
@@ -19,7 +20,12 @@ pub(super) struct HostData<'a> {
     admin: bool,
     /// What goes to the host when the command succeeds.
     copy: RefCell<Option<(IoBuf, Pieces)>>,
+    /// Bytes of its share of [`Front::copies`].
+    share: Cell<usize>,
 }
+
+/// Bytes of commands' data that is copied, at a time, over all queues.
+const MAX_COPIES: usize = 32 << 20;
 
 impl<'a> HostData<'a> {
     pub(super) fn new(front: &'a Arc<Front>, admin: bool) -> HostData<'a> {
@@ -27,6 +33,7 @@ impl<'a> HostData<'a> {
             front,
             admin,
             copy: RefCell::new(None),
+            share: Cell::new(0),
         }
     }
 
@@ -62,9 +69,24 @@ impl<'a> HostData<'a> {
         }
     }
 
-    /// A buffer of our own, filled from the host where the data comes from there.
+    /// Takes a share of the memory for copies, until this is dropped.
+    fn reserve(&self, len: usize) -> bool {
+        let taken = self.front.copies.fetch_add(len, Ordering::Relaxed);
+        self.share.set(self.share.get() + len);
+        taken.saturating_add(len) <= MAX_COPIES
+    }
+
+    /// A buffer of our own, filled from the host where the data comes from there. Only for memory that the client has, and
+    /// only so much at a time: a host can ask for anything.
     #[cold]
     async fn copied(&self, direction: Direction, pieces: Pieces, len: usize) -> Result<IoBuf, Failure> {
+        let dma = &self.front.link.dma;
+        if !pieces.iter().all(|(address, len)| dma.covers(address, len)) {
+            return Err(Status::DATA_TRANSFER_ERROR.into());
+        }
+        if !self.reserve(len) {
+            return Err(Status::INTERNAL_ERROR.into());
+        }
         let buf = IoBuf::try_alloc(len).map_err(|_| Status::INTERNAL_ERROR)?;
         let mut done = 0;
         if direction == Direction::HostToController {
@@ -78,6 +100,14 @@ impl<'a> HostData<'a> {
             *self.copy.borrow_mut() = Some((buf.clone(), pieces));
         }
         Ok(buf)
+    }
+}
+
+impl Drop for HostData<'_> {
+    fn drop(&mut self) {
+        if self.share.get() > 0 {
+            self.front.copies.fetch_sub(self.share.get(), Ordering::Relaxed);
+        }
     }
 }
 
