@@ -265,3 +265,46 @@ fn what_lies_above_an_area_is_zeros_over_another_base_too() {
     finish(&rig, &over);
     rig.close(over);
 }
+
+/// What a recovery makes zeros must stay zeros where it cannot see what lies below: `commit` and `rebase` open an overlay so.
+#[test]
+fn an_overlay_that_is_recovered_without_its_base_shows_nothing_of_it_above_an_area() {
+    let rig = Rig::new();
+    let base = qcow2(&rig, "base.qcow2");
+    rig.write(&base, Z1, &pattern(9, (ZONE - 4 * BLOCK) as usize));
+    // The area of this one ends in the middle of a cluster, which the overlay has not.
+    rig.write(&base, 3 * ZONE, &pattern(8, 4 * BLOCK as usize));
+    rig.op(&base, ZoneOp::OpenZrwa, 3 * ZONE).unwrap();
+    rig.write(&base, 3 * ZONE + 17 * BLOCK, &pattern(7, BLOCK as usize));
+    rig.close(base);
+    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
+    options.size = None;
+    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
+    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    let over = rig.open("over.qcow2");
+    rig.op(&over, ZoneOp::Reset, Z1).unwrap();
+    rig.op(&over, ZoneOp::OpenZrwa, Z1).unwrap();
+    rig.write(&over, Z1, &pattern(1, 4 * BLOCK as usize));
+    rig.flush(&over);
+    // As if it died.
+    drop(over);
+    let options = OpenOptions {
+        no_backing: true,
+        ..OpenOptions::default()
+    };
+    let over = rig.try_open("over.qcow2", options);
+    rig.close(over.unwrap_or_else(|error| panic!("{error}")));
+    let over = rig.open("over.qcow2");
+    commit(&rig, &over, Z1 + 4 * BLOCK).unwrap();
+    let above = (ZONE - 8 * BLOCK) as usize;
+    assert_eq!(
+        rig.read(&over, Z1, 4 * BLOCK as usize),
+        pattern(1, 4 * BLOCK as usize)
+    );
+    assert!(rig.read(&over, Z1 + 4 * BLOCK, above) == vec![0; above]);
+    for (n, seed) in [(0, 8), (17, 7)] {
+        let (at, len) = (3 * ZONE + n * BLOCK, BLOCK as usize);
+        assert!(rig.read(&over, at, len) == pattern(seed, len), "block {n}");
+    }
+    rig.close(over);
+}
