@@ -265,3 +265,99 @@ fn what_lies_above_an_area_is_zeros_over_another_base_too() {
     finish(&rig, &over);
     rig.close(over);
 }
+
+/// What a recovery makes zeros must stay zeros where it cannot see what lies below: `commit` and `rebase` open an overlay so.
+#[test]
+fn an_overlay_that_is_recovered_without_its_base_shows_nothing_of_it_above_an_area() {
+    let rig = Rig::new();
+    let base = qcow2(&rig, "base.qcow2");
+    rig.write(&base, Z1, &pattern(9, (ZONE - 4 * BLOCK) as usize));
+    // The area of this one ends in the middle of a cluster, which the overlay has not.
+    rig.write(&base, 3 * ZONE, &pattern(8, 4 * BLOCK as usize));
+    rig.op(&base, ZoneOp::OpenZrwa, 3 * ZONE).unwrap();
+    rig.write(&base, 3 * ZONE + 17 * BLOCK, &pattern(7, BLOCK as usize));
+    rig.close(base);
+    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
+    options.size = None;
+    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
+    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    let over = rig.open("over.qcow2");
+    rig.op(&over, ZoneOp::Reset, Z1).unwrap();
+    rig.op(&over, ZoneOp::OpenZrwa, Z1).unwrap();
+    rig.write(&over, Z1, &pattern(1, 4 * BLOCK as usize));
+    rig.flush(&over);
+    // As if it died.
+    drop(over);
+    let options = OpenOptions {
+        no_backing: true,
+        ..OpenOptions::default()
+    };
+    let over = rig.try_open("over.qcow2", options);
+    rig.close(over.unwrap_or_else(|error| panic!("{error}")));
+    let over = rig.open("over.qcow2");
+    commit(&rig, &over, Z1 + 4 * BLOCK).unwrap();
+    let above = (ZONE - 8 * BLOCK) as usize;
+    assert_eq!(
+        rig.read(&over, Z1, 4 * BLOCK as usize),
+        pattern(1, 4 * BLOCK as usize)
+    );
+    assert!(rig.read(&over, Z1 + 4 * BLOCK, above) == vec![0; above]);
+    for (n, seed) in [(0, 8), (17, 7)] {
+        let (at, len) = (3 * ZONE + n * BLOCK, BLOCK as usize);
+        assert!(rig.read(&over, at, len) == pattern(seed, len), "block {n}");
+    }
+    rig.close(over);
+}
+
+/// An overlay reads its base's bytes below the written ends of its own zones, wherever the base's end.
+#[test]
+fn an_overlay_that_is_copied_hides_what_its_base_has_above_its_pointers() {
+    let rig = Rig::new();
+    let base = raw(&rig);
+    rig.write(&base, 3 * ZONE, &pattern(1, BLOCK as usize));
+    rig.close(base);
+    // What failed writes may leave.
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(rig.path("disk.raw"))
+        .unwrap();
+    for (start, from) in [(Z1, 0), (3 * ZONE, 1), (4 * ZONE, 0)] {
+        let garbage = vec![0xbb; ((64 - from) * BLOCK) as usize];
+        file.write_all_at(&garbage, start + from * BLOCK).unwrap();
+    }
+    let source = qcow2(&rig, "source.qcow2");
+    rig.op(&source, ZoneOp::OpenZrwa, Z1).unwrap();
+    rig.write(&source, Z1 + 9 * BLOCK, &pattern(2, BLOCK as usize));
+    rig.write(&source, 3 * ZONE, &pattern(1, BLOCK as usize));
+    rig.write(&source, 3 * ZONE + BLOCK, &vec![0; 15 * BLOCK as usize]);
+    // Nothing but zeros, not even clusters.
+    let lane = source.lane(1);
+    let zeroed = source.write_zeroes(&lane, 4 * ZONE, 32 * BLOCK, true);
+    rig.block_on(zeroed).unwrap();
+    for compress in [false, true] {
+        let name = format!("over-{compress}.qcow2");
+        let mut options = Qcow2CreateOptions::new(rig.path(&name), 0);
+        options.size = None;
+        options.layout.cluster_size = BLOCK;
+        options.layout.backing = Some(("disk.raw".into(), Some("raw".into())));
+        rig.block_on(create_qcow2(&host(), &options)).unwrap();
+        let over = rig.open(&name);
+        let options = tool::CopyOptions {
+            compress,
+            target: tool::TargetHolds::Backing { shared: false },
+            ..tool::CopyOptions::default()
+        };
+        rig.block_on(tool::copy(&source, &over, &options, &|_, _| ()))
+            .unwrap();
+        for start in [Z1, 3 * ZONE, 4 * ZONE] {
+            let (read, wanted) = (
+                rig.read(&over, start, ZONE as usize),
+                rig.read(&source, start, ZONE as usize),
+            );
+            let differs = read.iter().zip(&wanted).position(|(a, b)| a != b);
+            assert_eq!(differs, None, "zone at {start:#x}, compressed: {compress}");
+        }
+        rig.close(over);
+    }
+    rig.close(source);
+}

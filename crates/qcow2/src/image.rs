@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use zbdkit_io::{File, IoBuf, LocalBoxFuture};
@@ -131,6 +131,8 @@ pub struct Qcow2 {
     syncs: Arc<Syncs>,
     data_syncs: Option<Syncs>,
     pub(crate) backing: Option<Arc<dyn Backing>>,
+    /// The header names a backing image which was not opened: nobody knows what shows where the image has nothing.
+    pub(crate) backing_unknown: AtomicBool,
     /// The compressed cluster that was read last.
     inflated: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
 }
@@ -237,6 +239,7 @@ impl Qcow2 {
             syncs,
             end: AtomicU64::new(end),
             data: options.data_file,
+            backing_unknown: AtomicBool::new(options.backing.is_none() && header.backing_file.is_some()),
             backing: options.backing,
             inflated: Mutex::new(None),
             meta: AsyncMutex::new(Meta {
@@ -517,6 +520,10 @@ impl Qcow2 {
             self.failure.fail(*errno);
         }
         written?;
+        if self.backing.is_none() {
+            let named = new.backing_file.is_some();
+            self.backing_unknown.store(named, Ordering::Relaxed);
+        }
         meta.header = new;
         Ok(())
     }

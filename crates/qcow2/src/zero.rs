@@ -1,6 +1,7 @@
 //! Zeroing and discarding.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use zbdkit_io::IoBuf;
 
@@ -111,7 +112,11 @@ impl Qcow2 {
             let run = self.run(at, range.end - at).await?;
             let zero = match run.kind {
                 Kind::Zero => true,
-                Kind::Unallocated => !self.shows_backing(at >> self.cluster_bits),
+                // Without the backing image there is nothing of it to write beside the zeros: it stays as it is.
+                Kind::Unallocated => {
+                    self.backing_unknown.load(Ordering::Relaxed)
+                        || !self.shows_backing(at >> self.cluster_bits)
+                }
                 _ => false,
             };
             let len = run.len.min(1 << 20);
@@ -134,8 +139,11 @@ impl Qcow2 {
         start..end.max(start)
     }
 
-    /// Whether anything below shows where the image has nothing.
+    /// Whether anything below shows where the image has nothing, or may show once it is opened with its backing image.
     pub(crate) fn shows_backing(&self, cluster: u64) -> bool {
+        if self.backing_unknown.load(Ordering::Relaxed) {
+            return true;
+        }
         let below = self.backing.as_ref().map_or(0, |backing| backing.len());
         cluster << self.cluster_bits < below
     }

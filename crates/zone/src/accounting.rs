@@ -167,7 +167,7 @@ impl<C: Conditions> Change<'_, C> {
         let from = self.condition(zone);
         if !from.is_open() {
             self.available(from)?;
-            if self.counts.open() == self.accounting.max_open && self.accounting.max_open != 0 {
+            if self.counts.open() >= self.accounting.max_open && self.accounting.max_open != 0 {
                 self.close_least_recent();
             }
         }

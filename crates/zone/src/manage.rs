@@ -179,16 +179,15 @@ impl Engine {
         let mut z = self.lock(zone);
         assert_eq!(z.refs, 0, "zone {zone} has requests in flight");
         let record = self.after(permit.op, &z);
-        let mut condition = self.at_rest(zone, &record);
-        match permit.op {
-            // Its area was counted when it was reserved.
+        let condition = match permit.op {
+            // Its area was counted when it was reserved, and the zone opened.
             ExclusiveOp::OpenZrwa => {
                 z.set(ZRWA);
-                condition = z.condition();
+                None
             }
-            ExclusiveOp::Recommend(_) => condition = z.condition(),
-            _ => {}
-        }
+            ExclusiveOp::Recommend(_) => None,
+            _ => Some(self.at_rest(zone, &record)),
+        };
         self.take_over(&mut z, &record, condition);
         self.end_exclusive(z, permit, events);
     }
@@ -205,7 +204,7 @@ impl Engine {
         self.check(zone, record)?;
         let mut z = self.lock(zone);
         assert!(z.refs == 0 && !z.is(BUSY), "zone {zone} is in use");
-        self.take_over(&mut z, record, self.at_rest(zone, record));
+        self.take_over(&mut z, record, Some(self.at_rest(zone, record)));
         Ok(())
     }
 
@@ -222,7 +221,8 @@ impl Engine {
         record.condition(self.geometry.zone_type(zone), self.geometry.capacity(zone))
     }
 
-    fn take_over(&self, z: &mut Locked<'_>, record: &ZoneRecord, condition: Condition) {
+    /// Without a condition the zone keeps the one that it has, which an eviction may change until the accounting's lock is held.
+    fn take_over(&self, z: &mut Locked<'_>, record: &ZoneRecord, condition: Option<Condition>) {
         z.done = record.written;
         z.next = record.written;
         z.bytes_written = record.counters.bytes_written;
@@ -235,7 +235,9 @@ impl Engine {
             (true, true) | (false, false) => {}
         }
         z.set_lasting(record);
-        change.set(z.no, condition);
+        if let Some(condition) = condition {
+            change.set(z.no, condition);
+        }
         drop(change);
         self.dirty.mark(z.no);
     }

@@ -227,7 +227,8 @@ impl<'a> Copy<'a> {
             TargetHolds::Zeros => (extent.len, Piece::Nothing),
             TargetHolds::Anything => (extent.len, Piece::Zeros),
             TargetHolds::Backing { .. } => {
-                let below = self.target.map(at, extent.len).await;
+                // As it will read once the source's zones are installed.
+                let below = self.target.below().map(at, extent.len).await;
                 let below = below.map_err(ToolError::request("looking at the target", at))?;
                 let piece = if below.zero { Piece::Nothing } else { Piece::Zeros };
                 (below.len, piece)
@@ -291,7 +292,7 @@ impl<'a> Copy<'a> {
         match self.options.target {
             TargetHolds::Backing { .. } => {
                 let old = IoBuf::alloc(buf.len());
-                Contents::of(self.target).fill(&old, at).await?;
+                Contents::below(self.target).fill(&old, at).await?;
                 for run in differing_clusters(self.cluster, at, buf, &old) {
                     let part = buf.slice(run.clone());
                     if is_zero(&part) {
@@ -374,7 +375,7 @@ impl<'a> Copy<'a> {
             return Ok(false);
         }
         let (old, new) = (IoBuf::alloc(seen), cluster.slice(0..seen));
-        Contents::of(self.target).fill(&old, at).await?;
+        Contents::below(self.target).fill(&old, at).await?;
         Ok(first_difference(&new, &old).is_some())
     }
 

@@ -5,7 +5,7 @@ use zbdkit_zone::{ExclusiveOp, ZoneNo};
 use super::extensions::{Slots, checksum};
 use super::table::TableError;
 use super::{Durability, ZonedNode};
-use crate::error::{Error, errno_of};
+use crate::error::Error;
 use crate::node::Lane;
 
 impl ZonedNode {
@@ -72,8 +72,13 @@ impl ZonedNode {
             return Ok(());
         };
         self.drain(&permit).await;
-        // Before the record that speaks of them. No other record does: the zone was empty.
-        if let Err(error) = self.keep_extension(zone, &whole).await {
+        // Once more: where another one failed with the epoch, its record may be there nevertheless.
+        let kept = match self.check_epoch() {
+            // Before the record that speaks of them. No other record does: the zone was empty.
+            Ok(()) => self.keep_extension(zone, &whole).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = kept {
             self.engine.abort(permit, &self.waiters);
             return Err(error);
         }
@@ -82,14 +87,12 @@ impl ZonedNode {
 
     /// Makes a zone's extension durable before any record speaks of it.
     pub(crate) async fn keep_extension(&self, zone: ZoneNo, extension: &[u8]) -> Result<(), Error> {
-        self.extensions.write(zone, extension).await.map_err(|error| {
-            if let (TableError::Io("syncing", source), Durability::Table { committer, .. }) =
-                (&error, &self.durability)
-            {
-                committer.fail(errno_of(source), &self.waiters);
-            }
-            failed("writing a zone descriptor extension", &error)
-        })
+        let written = self.extensions.write(zone, extension).await;
+        written.map_err(|error| failed("writing a zone descriptor extension", &error))?;
+        match &self.durability {
+            Durability::Table { committer, .. } => committer.sync_slots(&self.image()).await,
+            Durability::Volatile | Durability::ReadOnly => Ok(()),
+        }
     }
 
     /// As [`Node::extension`](crate::Node::extension).

@@ -24,6 +24,8 @@ pub struct Work {
     records: Vec<(ZoneNo, ZoneRecord)>,
     /// Also every acknowledged write.
     flush: bool,
+    /// Also the slots of descriptor extensions that were written.
+    slots: bool,
 }
 
 /// The writer of an image's durable table.
@@ -83,25 +85,27 @@ impl Committer {
 
     /// Makes everything durable that was acknowledged before the call, and `records` with it.
     pub async fn flush(&self, records: &[(ZoneNo, ZoneRecord)], at: &Image<'_>) -> Result<(), Error> {
-        self.round(records, true, at).await
+        let add = |work: &mut Work| {
+            work.records.extend_from_slice(records);
+            work.flush = true;
+        };
+        self.round(add, at).await
     }
 
     /// Makes these records durable.
     pub async fn record(&self, records: &[(ZoneNo, ZoneRecord)], at: &Image<'_>) -> Result<(), Error> {
-        self.round(records, false, at).await
+        self.round(|work| work.records.extend_from_slice(records), at)
+            .await
     }
 
-    async fn round(
-        &self,
-        records: &[(ZoneNo, ZoneRecord)],
-        flush: bool,
-        at: &Image<'_>,
-    ) -> Result<(), Error> {
+    /// Makes the slots durable that were written before the call. Only a round syncs the table's file: a failed write-back is
+    /// told to one sync alone, and if that were another's, the round's own would be believed.
+    pub async fn sync_slots(&self, at: &Image<'_>) -> Result<(), Error> {
+        self.round(|work| work.slots = true, at).await
+    }
+
+    async fn round(&self, add: impl FnOnce(&mut Work), at: &Image<'_>) -> Result<(), Error> {
         self.check()?;
-        let add = |work: &mut Work| {
-            work.records.extend_from_slice(records);
-            work.flush |= flush;
-        };
         let joined = self.rounds.join(add, async {}, async |work: Work| {
             let tables = lock(&self.tables).take();
             let Some(mut tables) = tables else { return };
@@ -192,6 +196,9 @@ async fn end(tables: Tables) -> Result<(), TableError> {
 }
 
 async fn run(work: Work, tables: &mut Tables, at: &Image<'_>) -> Result<(), i32> {
+    if work.slots {
+        tables.table.sync().await.map_err(|error| table_errno(&error))?;
+    }
     let mut changes = BTreeMap::new();
     if work.flush {
         at.engine.take_dirty(&mut |zone, record| {

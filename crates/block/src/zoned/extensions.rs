@@ -1,7 +1,8 @@
 //! The bytes of zone descriptor extensions.
 //!
 //! A zone's record says whether it has one, and its checksum. The bytes lie in slots behind the durable table, one a zone;
-//! over memory in this process. A slot is written only while no record speaks of it, and synced before one does.
+//! over memory in this process. A slot is written only while no record speaks of it, and synced before one does. It keeps its
+//! bytes until it is written again.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -73,14 +74,6 @@ impl Slots {
         slot[..extension.len()].copy_from_slice(extension);
         write_at(&self.file, &slot, self.place(zone)).await
     }
-
-    /// Makes written slots durable.
-    pub async fn sync(&self) -> Result<(), TableError> {
-        self.file
-            .datasync()
-            .await
-            .map_err(|error| TableError::Io("syncing", error))
-    }
 }
 
 impl Extensions {
@@ -103,25 +96,15 @@ impl Extensions {
         }
     }
 
-    /// Keeps a zone's extension, durable when this returns where anything is.
+    /// Keeps a zone's extension, not synced.
     pub async fn write(&self, zone: ZoneNo, extension: &[u8]) -> Result<(), TableError> {
         match self {
             Extensions::Memory(all) => {
                 lock(all).insert(zone.0, extension.to_vec());
                 Ok(())
             }
-            Extensions::Slots(slots) => {
-                slots.write(zone, extension).await?;
-                slots.sync().await
-            }
+            Extensions::Slots(slots) => slots.write(zone, extension).await,
             Extensions::None => Ok(()),
-        }
-    }
-
-    /// No record speaks of a zone's extension any more. A slot keeps its bytes until it is written again.
-    pub fn forget(&self, zone: ZoneNo) {
-        if let Extensions::Memory(all) = self {
-            lock(all).remove(&zone.0);
         }
     }
 

@@ -33,7 +33,7 @@ impl Gaps {
         Ok(permit)
     }
 
-    /// Lets writes in again when the answer is dropped.
+    /// Lets writes in again when the answer is dropped. Whoever has such a write must get it, whatever becomes of the write.
     pub fn zeroed<'a>(&'a self, zone: ZoneNo, waiters: &'a Waiters) -> Zeroed<'a> {
         Zeroed {
             gaps: self,

@@ -38,7 +38,7 @@ use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, Watcher, Zo
 use commit::{Committer, Image};
 use extensions::Extensions;
 pub(crate) use extensions::Slots;
-use gaps::Gaps;
+use gaps::{Gaps, Zeroed};
 pub use make::create_sidecar;
 pub(crate) use make::{Records, new_header, spec_of, zns_of};
 pub(crate) use mirror::{Mirror, is_beyond_bare_tables, word as bare_word, words as bare_words};
@@ -255,9 +255,15 @@ impl ZonedNode {
     async fn carry_out(&self, lane: &Lane, permit: WritePermit, data: Data) -> Result<(), Error> {
         // Once more: an operation that failed with the epoch may have let it in, and its record may be there nevertheless,
         // with an area that shows what is written now.
+        let zeroed = permit
+            .gap()
+            .map(|_| self.gaps.zeroed(permit.zone(), &self.waiters));
         let stored = match self.check_epoch() {
-            Ok(()) => self.store(lane, &permit, data).await,
-            Err(error) => Err(error),
+            Ok(()) => self.store(lane, &permit, data, zeroed).await,
+            Err(error) => {
+                drop(zeroed);
+                Err(error)
+            }
         };
         let errno = stored.as_ref().map(|_| ()).map_err(Error::errno);
         match self.engine.complete(permit, errno, &self.waiters) {
@@ -283,13 +289,20 @@ impl ZonedNode {
         }
     }
 
-    async fn store(&self, lane: &Lane, permit: &WritePermit, data: Data) -> Result<(), Error> {
+    /// Writes an admitted write's data, after the zeros of the gap that it leaves; from then on its zone takes writes again.
+    async fn store(
+        &self,
+        lane: &Lane,
+        permit: &WritePermit,
+        data: Data,
+        zeroed: Option<Zeroed<'_>>,
+    ) -> Result<(), Error> {
         if let Some(gap) = permit.gap() {
-            let _zeroed = self.gaps.zeroed(permit.zone(), &self.waiters);
             self.child
                 .write_zeroes(lane, gap.start, gap.end - gap.start, true)
                 .await?;
         }
+        drop(zeroed);
         match data {
             Data::Zeroes { unmap } => {
                 self.child

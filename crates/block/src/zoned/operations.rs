@@ -71,11 +71,6 @@ impl ZonedNode {
         let result = self.make_durable(&records, op).await;
         for permit in permits {
             match result {
-                Ok(()) if op == ExclusiveOp::Reset => {
-                    // Before the zone can get another one.
-                    self.extensions.forget(permit.zone());
-                    self.engine.commit(permit, &self.waiters);
-                }
                 Ok(()) => self.engine.commit(permit, &self.waiters),
                 Err(_) => self.engine.abort(permit, &self.waiters),
             }

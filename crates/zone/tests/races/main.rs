@@ -11,7 +11,9 @@ mod world;
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::thread;
 use world::{BLOCK, EIO, World, ZONE, explore, join, spawn};
-use zbdkit_zone::{CloseEmpty, Completion, Condition, ExclusiveOp, Refused, ZoneError, ZoneNo, Zrwa};
+use zbdkit_zone::{
+    CloseEmpty, Completion, Condition, ExclusiveOp, Recommendation, Refused, ZoneError, ZoneNo, Zrwa,
+};
 
 /// One in three fails.
 fn some_fail() -> Result<(), i32> {
@@ -261,6 +263,29 @@ fn limits_are_never_exceeded() {
                 world.engine.info(zone).written_end - start
             );
         }
+        world.check_counts();
+    });
+}
+
+#[test]
+fn a_recommendation_opens_no_zone_that_was_closed_for_another_meanwhile() {
+    explore(|| {
+        let world = World::new(2, |spec| spec.max_open = 1);
+        let append = |zone: ZoneNo| {
+            move |world: &World| {
+                let mut pool = world.engine.slots(1);
+                let permit = world.append(&mut pool, zone, 1).expect("room");
+                world.write(permit, Ok(())).expect("nothing fails");
+            }
+        };
+        join([spawn(&world, append(Z))]);
+        let recommend = |world: &World| {
+            let what = ExclusiveOp::Recommend(Some(Recommendation::Finish));
+            let permit = world.alone(Z, what).expect("something to do");
+            world.engine.commit(permit, &world.bells);
+        };
+        join([spawn(&world, recommend), spawn(&world, append(ZoneNo(1)))]);
+        assert!(world.engine.info(Z).attributes.recommended.is_some());
         world.check_counts();
     });
 }
