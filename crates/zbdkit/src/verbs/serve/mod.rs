@@ -3,6 +3,7 @@
 mod config;
 mod doors;
 mod hints;
+mod identity;
 mod namespace;
 mod service;
 
@@ -339,7 +340,7 @@ impl Served {
             let devices = door
                 .devices
                 .iter()
-                .map(|index| (self.devices[*index].clone(), plan.devices[*index].shown))
+                .map(|index| (self.devices[*index].clone(), &plan.devices[*index]))
                 .collect();
             let door = Door::bind(door, devices, handed)
                 .with_context(|| format!("{}: {}", names.join(", "), door.kind.name()))?;
