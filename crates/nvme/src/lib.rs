@@ -35,5 +35,5 @@ pub use controller::{Change, Controller, ControllerOptions};
 pub use namespace::{Namespace, NamespaceError, NamespaceOptions, Zones};
 pub use queue::IoQueue;
 pub use status::{Completion, Failure};
-pub use subsystem::{Subsystem, SubsystemError, SubsystemOptions};
+pub use subsystem::{Subsystem, SubsystemError, SubsystemOptions, uuid_of_name};
 pub use transport::{CreateCq, CreateSq, Direction, QueueControl, Transfer};

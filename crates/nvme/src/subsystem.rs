@@ -1,6 +1,6 @@
 //! An NVM subsystem: namespaces, and what its controllers have in common.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use uuid::{Builder, Uuid};
@@ -37,6 +37,16 @@ pub enum SubsystemError {
     /// There is nothing in it, or too much.
     #[error("{0} namespaces: a subsystem has 1 to {MAX_NAMESPACES}")]
     Namespaces(usize),
+    /// Hosts would take two namespaces for one.
+    #[error("namespaces {first} and {second} have the same UUID, {uuid}: one of them needs another")]
+    SameUuid {
+        /// The identifier of one.
+        first: u32,
+        /// And of the other.
+        second: u32,
+        /// What both are known by.
+        uuid: Uuid,
+    },
 }
 
 /// Most namespaces of a subsystem: as many as a Changed Namespace List or an Identify list can tell.
@@ -53,7 +63,7 @@ impl Subsystem {
     /// Makes a subsystem.
     ///
     /// # Errors
-    /// Names that do not fit, no namespaces or too many.
+    /// Names that do not fit, no namespaces or too many, two with the same UUID.
     pub fn new(
         options: SubsystemOptions,
         namespaces: Vec<Namespace>,
@@ -70,8 +80,20 @@ impl Subsystem {
             namespaces: namespaces.into(),
             controllers: Mutex::default(),
         });
+        subsystem.check_uuids()?;
         subsystem.watch();
         Ok(subsystem)
+    }
+
+    fn check_uuids(&self) -> Result<(), SubsystemError> {
+        let mut known = BTreeMap::new();
+        for (second, namespace) in self.numbered() {
+            let uuid = self.uuid(second, namespace);
+            if let Some(first) = known.insert(uuid, second) {
+                return Err(SubsystemError::SameUuid { first, second, uuid });
+            }
+        }
+        Ok(())
     }
 
     /// Has hosts told of what an operator does to zones.
@@ -110,10 +132,9 @@ impl Subsystem {
 
     /// What a namespace is known by wherever it is: its own UUID, or one made of the subsystem's name and its number.
     pub(crate) fn uuid(&self, nsid: u32, namespace: &Namespace) -> Uuid {
-        namespace.uuid().unwrap_or_else(|| {
-            let name = self.options.nqn.bytes().chain(nsid.to_le_bytes());
-            Builder::from_custom_bytes(fnv1a(name).to_be_bytes()).into_uuid()
-        })
+        namespace
+            .uuid()
+            .unwrap_or_else(|| uuid_of_name(self.options.nqn.bytes().chain(nsid.to_le_bytes())))
     }
 
     /// A zone of a namespace became read-only or offline, or got attributes, without the host's doing: all controllers
@@ -164,6 +185,11 @@ impl Subsystem {
     fn controllers(&self) -> MutexGuard<'_, Vec<Weak<Controller>>> {
         self.controllers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A UUID (version 8) for what has a name and no UUID: always the same one for the same name.
+pub fn uuid_of_name(name: impl IntoIterator<Item = u8>) -> Uuid {
+    Builder::from_custom_bytes(fnv1a(name.into_iter()).to_be_bytes()).into_uuid()
 }
 
 /// FNV-1a, 128 bits.

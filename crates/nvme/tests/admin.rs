@@ -402,3 +402,28 @@ fn what_cannot_be_a_namespace_or_a_subsystem_is_refused_with_the_reason() {
     ));
     host.must_work();
 }
+
+#[test]
+fn two_namespaces_with_the_same_uuid_are_refused() {
+    let host = Host::new();
+    let (mine, other) = (uuid::Uuid::from_u128(7), uuid::Uuid::from_u128(8));
+    let subsystem = |uuids: [Option<uuid::Uuid>; 3]| {
+        let namespaces = uuids.map(|uuid| {
+            let options = NamespaceOptions {
+                uuid,
+                ..NamespaceOptions::default()
+            };
+            Namespace::new(host::open(&host.runtime, host::PLAIN), &options).unwrap()
+        });
+        Subsystem::new(host::names(), namespaces.into()).err()
+    };
+    assert_eq!(subsystem([Some(mine), None, Some(other)]), None);
+    assert_eq!(subsystem([None, None, None]), None);
+    let same = SubsystemError::SameUuid {
+        first: 1,
+        second: 3,
+        uuid: mine,
+    };
+    assert_eq!(subsystem([Some(mine), None, Some(mine)]), Some(same));
+    host.must_work();
+}

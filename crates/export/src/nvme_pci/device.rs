@@ -77,7 +77,7 @@ impl Function {
         regions[pci_region::BAR0 as usize].mmap = polls.then(|| Mmap {
             fd: doorbells.fd().clone(),
             offset: 0,
-            areas: vec![offset::DOORBELLS..offset::DOORBELLS + PAGE],
+            areas: Vec::from([offset::DOORBELLS..offset::DOORBELLS + PAGE]),
         });
         let mut irqs = vec![IrqKind::default(); pci_irq::COUNT];
         irqs[pci_irq::MSIX as usize].count = vectors.into();

@@ -7,7 +7,9 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use zbdkit_spec::nvme::base::{Cns, Csi, Status};
 use zbdkit_testkit::client::{Client, Options, ZoneState};
+use zbdkit_testkit::nvme::{Driver, DriverOptions, Entry};
 
 use crate::support::Bench;
 
@@ -323,4 +325,61 @@ fn systemd_is_told_and_its_socket_taken() {
         bench.path("activated").exists(),
         "systemd's socket is systemd's to remove"
     );
+}
+
+/// What a host of the controller sees of its names: serial number, NQN, and the descriptors of two namespaces.
+fn names_of_controller(bench: &Bench, args: &[&str]) -> [Vec<u8>; 4] {
+    let mut args = args.to_vec();
+    args.extend(["--nvme", "nvme.sock"]);
+    let daemon = Daemon::start(serve(bench, &args));
+    let mut driver = Driver::connect(&bench.path("nvme.sock"), DriverOptions::default());
+    driver.enable();
+    let mut identify = |cns, nsid| {
+        let data = driver.data();
+        let entry = Entry::identify(cns, nsid, Csi::NVM).prps((driver.address(data), 0));
+        assert_eq!(driver.admin(entry), Status::SUCCESS);
+        driver.get(data, 4096)
+    };
+    let controller = identify(Cns::CONTROLLER, 0);
+    let namespaces = [1, 2].map(|nsid| identify(Cns::NAMESPACE_DESCRIPTORS, nsid));
+    drop(driver);
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.finish().0, Some(0));
+    let [first, second] = namespaces;
+    [
+        controller[4..24].to_vec(),
+        controller[768..1024].to_vec(),
+        first,
+        second,
+    ]
+}
+
+#[test]
+fn hosts_find_the_same_controller_over_plain_images_at_each_start() {
+    let bench = Bench::new();
+    for image in ["a", "b", "c"] {
+        bench.run(&["create", "-f", "qcow2", image, "1M"]).ok();
+    }
+    let first = names_of_controller(&bench, &["--namespace", "a", "--namespace", "b"]);
+    assert_ne!(first[2], first[3]);
+    let same = ["--namespace", "./a", "--namespace", "b,read-only=on"];
+    assert_eq!(names_of_controller(&bench, &same), first);
+    let other = names_of_controller(&bench, &["--namespace", "c", "--namespace", "b"]);
+    assert_ne!(other[..3], first[..3]);
+    assert_eq!(other[3], first[3]);
+    let uuid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+    let graph = |image| format!("file.driver=file,file.filename={image},driver=qcow2,uuid={uuid}");
+    let (a, b) = (graph("a"), graph("b"));
+    bench
+        .run(&[
+            "serve",
+            "--image-opts",
+            "--nvme",
+            "s",
+            "--namespace",
+            &a,
+            "--namespace",
+            &b,
+        ])
+        .fails(1, "namespaces 1 and 2 have the same UUID");
 }

@@ -154,8 +154,20 @@ fn an_extension_comes_from_a_file_or_a_pattern_and_is_dumped_or_written_to_one()
     assert_eq!(std::fs::read(bench.path("found")).unwrap(), [0x5a; 64]);
     assert_eq!(std::fs::read(bench.path("default")).unwrap(), [0xcd; 64]);
 
-    let run = on_disk(&bench, &["zse -f long 1M", "zge -f none 1M", "zse 1M", "zse 1M"]);
-    let expected = "65 bytes do not fit into an extension, which has 64\n\
+    let run = on_disk(
+        &bench,
+        &[
+            "zse -f long 1M",
+            "zse -f /dev/zero 1M",
+            "zcm 0",
+            "zge -f none 1M",
+            "zse 1M",
+            "zse 1M",
+        ],
+    );
+    let expected = "long does not fit into an extension, which has 64 bytes\n\
+                    /dev/zero does not fit into an extension, which has 64 bytes\n\
+                    A commit ends behind the start of its zone: END is not 0\n\
                     The zone has no descriptor extension\n\
                     zone set extension failed: Invalid argument\n";
     assert_eq!((&*run.out, run.status), (expected, Some(1)), "{run:?}");

@@ -1,5 +1,7 @@
 //! What only Zoned Namespaces have: zcm, zse, zge, and zo with -r. qemu-io has no such commands.
 
+use std::io::Read;
+
 use zbdkit_block::Error;
 
 use super::command::Command;
@@ -13,6 +15,8 @@ impl Shell {
     /// zcm: the write pointer of a zone with a random write area moves.
     pub async fn zone_commit(&mut self, words: &[&str]) -> anyhow::Result<Step> {
         let end = match number(words[0]) {
+            // No area ends before the first byte.
+            Ok(0) => return self.wrong("A commit ends behind the start of its zone: END is not 0"),
             Ok(end) => end,
             Err(message) => return self.wrong(message),
         };
@@ -37,7 +41,16 @@ impl Shell {
         let content = || -> Result<(u64, Vec<u8>), String> {
             let start = number(&options.rest[0])?;
             let content = match options.value('f') {
-                Some(path) => std::fs::read(path).map_err(|error| format!("{path}: {error}"))?,
+                Some(path) => {
+                    let content = read_at_most(path, size as u64 + 1);
+                    let content = content.map_err(|error| format!("{path}: {error}"))?;
+                    if size > 0 && content.len() > size {
+                        return Err(format!(
+                            "{path} does not fit into an extension, which has {size} bytes"
+                        ));
+                    }
+                    content
+                }
                 None => {
                     let byte = options.value('P').map(pattern).transpose()?;
                     vec![byte.unwrap_or(DEFAULT_PATTERN); size]
@@ -49,12 +62,6 @@ impl Shell {
             Ok(content) => content,
             Err(message) => return self.wrong(message),
         };
-        if size > 0 && content.len() > size {
-            return self.wrong(format_args!(
-                "{} bytes do not fit into an extension, which has {size}",
-                content.len()
-            ));
-        }
         match self.device.set_extension(&self.lane, start, &content).await {
             Ok(()) => Ok(Step::Done),
             Err(error) => self.failed("zone set extension", &error),
@@ -103,4 +110,11 @@ impl Shell {
             .as_ref()
             .map_or(0, |geometry| geometry.extension_size() as usize)
     }
+}
+
+/// The file, or its first bytes: it may be one without an end.
+fn read_at_most(path: &str, bytes: u64) -> std::io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    std::fs::File::open(path)?.take(bytes).read_to_end(&mut content)?;
+    Ok(content)
 }

@@ -8,9 +8,9 @@ use zbdkit_io::BackendKind;
 use zbdkit_nvme::{Namespace, NamespaceOptions, Subsystem, SubsystemOptions};
 
 use super::hints::{Client, Hint};
-use super::namespace::Shown;
+use super::identity::{Identity, Image};
 use super::service::Handed;
-use super::{DoorKind, DoorPlan, MaxTransfer, SYSTEMD};
+use super::{DevicePlan, DoorKind, DoorPlan, MaxTransfer, SYSTEMD};
 
 /// A bound socket with what is behind it.
 pub(super) struct Door {
@@ -65,7 +65,7 @@ impl Handle {
 impl Door {
     pub(super) fn bind(
         plan: &DoorPlan,
-        devices: Vec<(Device, Shown)>,
+        devices: Vec<(Device, &DevicePlan)>,
         handed: &mut Handed,
     ) -> anyhow::Result<Door> {
         let (handed, socket) = if plan.socket.as_os_str() == SYSTEMD {
@@ -120,29 +120,38 @@ fn vhost_user_blk(
 
 fn nvme(
     plan: &DoorPlan,
-    devices: Vec<(Device, Shown)>,
+    devices: Vec<(Device, &DevicePlan)>,
     max_transfer: MaxTransfer,
     polls: bool,
     socket: Socket,
 ) -> anyhow::Result<Server> {
-    let (first, _) = devices.first().context("there is no namespace")?;
-    // The same subsystem each time its first image is served.
-    let uuid = uuid_of(first).unwrap_or_else(Uuid::new_v4);
+    let files: Vec<_> = devices.iter().map(|(_, image)| image.graph.filename()).collect();
+    let images = devices.iter().zip(&files).map(|((device, image), file)| Image {
+        own: uuid_of(device),
+        given: image.shown.uuid,
+        name: &image.name,
+        file: file.as_deref(),
+    });
+    let Identity {
+        subsystem,
+        namespaces,
+    } = Identity::of(&images.collect::<Vec<_>>());
     let names = SubsystemOptions {
-        nqn: format!("nqn.2014-08.org.nvmexpress:uuid:{uuid}"),
-        serial: serial(plan, first),
+        nqn: format!("nqn.2014-08.org.nvmexpress:uuid:{subsystem}"),
+        serial: plan.serial.clone().unwrap_or_else(|| serial_of(subsystem)),
         model: "zbdkit".to_owned(),
         firmware: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let namespace = |(index, (device, shown)): (usize, (Device, Shown))| {
+    let namespace = |(index, ((device, image), uuid)): (usize, ((Device, &DevicePlan), Uuid))| {
         let options = NamespaceOptions {
-            uuid: shown.uuid.or_else(|| uuid_of(&device)),
-            read_across_zones: shown.read_across_zones,
+            uuid: Some(uuid),
+            read_across_zones: image.shown.read_across_zones,
         };
         Namespace::new(device, &options).with_context(|| format!("namespace {}", index + 1))
     };
     let namespaces = devices
         .into_iter()
+        .zip(namespaces)
         .enumerate()
         .map(namespace)
         .collect::<anyhow::Result<_>>()?;
@@ -165,9 +174,14 @@ fn nvme(
 fn serial(plan: &DoorPlan, device: &Device) -> String {
     match (&plan.serial, uuid_of(device)) {
         (Some(serial), _) => serial.clone(),
-        (None, Some(uuid)) => uuid.simple().to_string()[..20].to_owned(),
+        (None, Some(uuid)) => serial_of(uuid),
         (None, None) => "zbdkit".to_owned(),
     }
+}
+
+/// As much of a UUID as a serial number has room for.
+fn serial_of(uuid: Uuid) -> String {
+    uuid.simple().to_string()[..20].to_owned()
 }
 
 fn uuid_of(device: &Device) -> Option<Uuid> {

@@ -3,6 +3,7 @@
 mod config;
 mod doors;
 mod hints;
+mod identity;
 mod namespace;
 mod service;
 
@@ -32,7 +33,7 @@ pub struct Serve {
     #[arg(value_name = "IMAGE", required_unless_present_any = ["config", "nvme"], requires = "vhost_user_blk")]
     pub image: Option<OsString>,
 
-    /// Take IMAGE as driver options whatever it looks like
+    /// Take IMAGE, of namespaces too, as driver options whatever it looks like
     #[arg(long)]
     pub image_opts: bool,
 
@@ -224,7 +225,10 @@ fn plan_of(args: Serve) -> anyhow::Result<Plan> {
     let poll = Duration::from_micros(args.poll_us.into());
     let (images, sockets, kind) = match args.nvme {
         Some(socket) => {
-            let parsed = args.namespace.iter().map(|argument| Argument::parse(argument));
+            let parsed = args
+                .namespace
+                .iter()
+                .map(|argument| Argument::parse(argument, args.image_opts));
             let max_transfer = args.max_transfer;
             (
                 parsed.collect::<Result<_, _>>()?,
@@ -336,7 +340,7 @@ impl Served {
             let devices = door
                 .devices
                 .iter()
-                .map(|index| (self.devices[*index].clone(), plan.devices[*index].shown))
+                .map(|index| (self.devices[*index].clone(), &plan.devices[*index]))
                 .collect();
             let door = Door::bind(door, devices, handed)
                 .with_context(|| format!("{}: {}", names.join(", "), door.kind.name()))?;

@@ -32,20 +32,23 @@ const KEYS: [&str; 5] = ["read-only", "direct", "run-state", "uuid", "read-acros
 const IMAGE_KEYS: &[&str] = KEYS.split_at(3).0;
 
 impl Argument {
-    /// Takes `IMAGE[,KEY=VALUE]...` apart, from the end on.
-    pub(super) fn parse(argument: &OsStr) -> Result<Argument, Usage> {
+    /// Takes `IMAGE[,KEY=VALUE]...` apart, from the end on. `image_opts` says that the image is driver options.
+    pub(super) fn parse(argument: &OsStr, image_opts: bool) -> Result<Argument, Usage> {
         let mut parsed = Argument::default();
         // A name that is not UTF-8 is a path as it is.
         let Some(mut rest) = argument.to_str() else {
             parsed.image = argument.to_owned();
             return Ok(parsed);
         };
-        let is_graph = rest.starts_with("driver=") || rest.starts_with("json:");
-        while let Some((image, option)) = rest.rsplit_once(',')
+        let is_json = !image_opts && (rest.starts_with("json:") || rest.starts_with('{'));
+        let is_options = image_opts || rest.starts_with("driver=");
+        // A comma inside of an object parts nothing.
+        while !(is_json && rest.ends_with('}'))
+            && let Some((image, option)) = rest.rsplit_once(',')
             && let Some((key, value)) = option.split_once('=')
         {
-            let known = KEYS.contains(&key) && !(is_graph && IMAGE_KEYS.contains(&key));
-            if !known && (is_graph || Path::new(rest).exists()) {
+            let known = KEYS.contains(&key) && !(is_options && IMAGE_KEYS.contains(&key));
+            if !known && (is_options || Path::new(rest).exists()) {
                 break;
             }
             if !known {
@@ -85,14 +88,18 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Argument {
-        match Argument::parse(OsStr::new(text)) {
+        parse_as(text, false)
+    }
+
+    fn parse_as(text: &str, image_opts: bool) -> Argument {
+        match Argument::parse(OsStr::new(text), image_opts) {
             Ok(argument) => argument,
             Err(Usage(why)) => panic!("{text}: {why}"),
         }
     }
 
     fn error(text: &str) -> String {
-        match Argument::parse(OsStr::new(text)) {
+        match Argument::parse(OsStr::new(text), false) {
             Ok(argument) => panic!("{text}: {argument:?}"),
             Err(Usage(why)) => why,
         }
@@ -126,6 +133,26 @@ mod tests {
         let argument = parse(&format!("{graph},read-across-zones=on"));
         assert_eq!((argument.image.to_str(), argument.read_only), (Some(graph), None));
         assert!(argument.shown.read_across_zones);
+    }
+
+    #[test]
+    fn whatever_is_a_graph_elsewhere_is_one_here() {
+        let opts = "file.driver=file,file.filename=a.raw,driver=raw";
+        assert_eq!(parse_as(opts, true).image, opts);
+        let argument = parse_as(&format!("{opts},read-across-zones=on"), true);
+        assert_eq!(argument.image, opts);
+        assert!(argument.shown.read_across_zones);
+        for start in ["", "json:"] {
+            let json = format!("{start}{}", r#"{"driver":"file","filename":"a,direct=on"}"#);
+            assert_eq!(parse(&json).image, *json);
+            let argument = parse(&format!("{json},read-only=on,read-across-zones=on"));
+            assert_eq!(
+                (argument.image.to_str(), argument.read_only),
+                (Some(&*json), Some(true))
+            );
+            assert!(argument.shown.read_across_zones);
+        }
+        assert!(error(r#"{"driver":"memory"},sync=on"#).contains("no option of a namespace"));
     }
 
     #[test]
