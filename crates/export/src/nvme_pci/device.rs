@@ -74,10 +74,11 @@ impl Function {
                 mmap: None,
             };
         }
+        let rung = offset::DOORBELLS..offset::DOORBELLS + PAGE;
         regions[pci_region::BAR0 as usize].mmap = polls.then(|| Mmap {
             fd: doorbells.fd().clone(),
             offset: 0,
-            areas: Vec::from([offset::DOORBELLS..offset::DOORBELLS + PAGE]),
+            areas: vec![rung],
         });
         let mut irqs = vec![IrqKind::default(); pci_irq::COUNT];
         irqs[pci_irq::MSIX as usize].count = vectors.into();
