@@ -4,6 +4,7 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use support::zns::*;
@@ -208,5 +209,38 @@ fn devices_without_these_things_say_so() {
     unsupported(commit(&rig, &device, Z1 + BLOCK));
     unsupported(attach(&rig, &device, Z1, b"none"));
     unsupported(rig.block_on(device.extension(Z1)).map(drop));
+    rig.close(device);
+}
+
+/// Resets and readers of one extension at the same time.
+#[test]
+fn an_extension_in_memory_is_there_as_long_as_its_record() {
+    let rig = Rig::new();
+    let device = memory(&rig);
+    attach(&rig, &device, Z2, b"this").unwrap();
+    let (left, failed) = (AtomicU32::new(2), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let rig = Rig::new();
+                let (mut with, mut without) = (0, 0);
+                while (with < 2000 || without < 2000) && !failed.load(Ordering::Relaxed) {
+                    match rig.block_on(device.extension(Z2)) {
+                        Ok(Some(found)) if found == whole(b"this") => with += 1,
+                        Ok(None) => without += 1,
+                        wrong => {
+                            failed.store(true, Ordering::Relaxed);
+                            panic!("{wrong:?}");
+                        }
+                    }
+                }
+                left.fetch_sub(1, Ordering::Relaxed);
+            });
+        }
+        while left.load(Ordering::Relaxed) > 0 && !failed.load(Ordering::Relaxed) {
+            rig.op(&device, ZoneOp::Reset, Z2).unwrap();
+            attach(&rig, &device, Z2, b"this").unwrap();
+        }
+    });
     rig.close(device);
 }
