@@ -81,10 +81,9 @@ impl<T: Transfer> Request<'_, T> {
         let result = device.set_extension(lane, start, &data).await;
         result.map_err(|error| failure(&error, Kind::Manage))?;
         if with_zrwa {
-            let opened = manage(device, lane, ZoneOp::OpenZrwa, start).await;
-            // A zone that cannot have both gets neither.
-            let op = if opened.is_ok() { CLOSE } else { ZoneOp::Reset };
-            opened.and(manage(device, lane, op, start).await)?;
+            // A zone that gets no area keeps its extension: a reset would take along what others have written meanwhile.
+            manage(device, lane, ZoneOp::OpenZrwa, start).await?;
+            manage(device, lane, CLOSE, start).await?;
         }
         Ok(0)
     }
