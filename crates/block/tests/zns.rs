@@ -4,7 +4,7 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use support::zns::*;
@@ -218,29 +218,37 @@ fn an_extension_in_memory_is_there_as_long_as_its_record() {
     let rig = Rig::new();
     let device = memory(&rig);
     attach(&rig, &device, Z2, b"this").unwrap();
-    let (left, failed) = (AtomicU32::new(2), AtomicBool::new(false));
+    let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        for _ in 0..2 {
+        let readers = [(); 2].map(|()| {
             scope.spawn(|| {
                 let rig = Rig::new();
-                let (mut with, mut without) = (0, 0);
-                while (with < 2000 || without < 2000) && !failed.load(Ordering::Relaxed) {
+                while !over.load(Ordering::Relaxed) {
                     match rig.block_on(device.extension(Z2)) {
-                        Ok(Some(found)) if found == whole(b"this") => with += 1,
-                        Ok(None) => without += 1,
-                        wrong => {
-                            failed.store(true, Ordering::Relaxed);
-                            panic!("{wrong:?}");
-                        }
+                        Ok(Some(found)) if found == whole(b"this") => {}
+                        Ok(None) => {}
+                        wrong => panic!("{wrong:?}"),
                     }
                 }
-                left.fetch_sub(1, Ordering::Relaxed);
-            });
-        }
-        while left.load(Ordering::Relaxed) > 0 && !failed.load(Ordering::Relaxed) {
+            })
+        });
+        // Also where this panics.
+        let _over = SetAtLast(&over);
+        for _ in 0..20_000 {
+            if readers.iter().any(|reader| reader.is_finished()) {
+                break;
+            }
             rig.op(&device, ZoneOp::Reset, Z2).unwrap();
             attach(&rig, &device, Z2, b"this").unwrap();
         }
     });
     rig.close(device);
+}
+
+struct SetAtLast<'a>(&'a AtomicBool);
+
+impl Drop for SetAtLast<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
