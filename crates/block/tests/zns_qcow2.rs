@@ -12,6 +12,14 @@ use zbdkit_block::{
 };
 use zbdkit_zone::Condition;
 
+/// Makes `over.qcow2` over `base.qcow2`.
+fn overlay(rig: &Rig) {
+    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
+    options.size = None;
+    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
+    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+}
+
 #[test]
 fn areas_and_extensions_outlive_a_close_inside_a_qcow2_image() {
     let rig = Rig::new();
@@ -121,10 +129,7 @@ fn an_overlay_begins_with_the_areas_and_extensions_of_its_backing_image() {
     let device = qcow2(&rig, "base.qcow2");
     exercise(&rig, &device);
     rig.close(device);
-    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
-    options.size = None;
-    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
-    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    overlay(&rig);
     let device = rig.open("over.qcow2");
     verify(&rig, &device);
     finish(&rig, &device);
@@ -201,10 +206,7 @@ fn a_commit_moves_areas_and_extensions_into_the_base() {
     let device = qcow2(&rig, "base.qcow2");
     exercise(&rig, &device);
     rig.close(device);
-    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
-    options.size = None;
-    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
-    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    overlay(&rig);
     let over = rig.open("over.qcow2");
     rig.write(&over, Z1 + 9 * BLOCK, &pattern(8, BLOCK as usize));
     rig.op(&over, ZoneOp::Reset, Z2).unwrap();
@@ -248,10 +250,7 @@ fn what_lies_above_an_area_is_zeros_over_another_base_too() {
     let other = qcow2(&rig, "other.qcow2");
     rig.write(&other, Z1, &pattern(9, (ZONE - 4 * BLOCK) as usize));
     rig.close(other);
-    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
-    options.size = None;
-    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
-    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    overlay(&rig);
     let over = rig.open("over.qcow2");
     let other = rig.open_read_only("other.qcow2");
     rig.block_on(tool::rebase(&over, Some(&other), &|_, _| ()))
@@ -277,10 +276,7 @@ fn an_overlay_that_is_recovered_without_its_base_shows_nothing_of_it_above_an_ar
     rig.op(&base, ZoneOp::OpenZrwa, 3 * ZONE).unwrap();
     rig.write(&base, 3 * ZONE + 17 * BLOCK, &pattern(7, BLOCK as usize));
     rig.close(base);
-    let mut options = Qcow2CreateOptions::new(rig.path("over.qcow2"), 0);
-    options.size = None;
-    options.layout.backing = Some(("base.qcow2".into(), Some("qcow2".into())));
-    rig.block_on(create_qcow2(&host(), &options)).unwrap();
+    overlay(&rig);
     let over = rig.open("over.qcow2");
     rig.op(&over, ZoneOp::Reset, Z1).unwrap();
     rig.op(&over, ZoneOp::OpenZrwa, Z1).unwrap();

@@ -17,8 +17,12 @@ impl Engine {
         let result = result.map_err(errno);
         let completion = match permit.order {
             Order::Required { slot } => self.complete_ordered(permit.zone, slot, result, events),
-            Order::Window { pointer } => self.complete_window(&permit, pointer, result, events),
-            Order::Preferred { .. } => self.complete_preferred(&permit, result, events),
+            // Another write may have moved the pointer just now so far that this one lies in the area.
+            Order::Window { pointer } => self.complete_unordered(&permit, pointer, true, result, events),
+            Order::Preferred { .. } => {
+                let end = permit.offset - self.geometry.start(permit.zone) + permit.len;
+                self.complete_unordered(&permit, end, false, result, events)
+            }
             Order::Conventional { last } => self.complete_conventional(&permit, last, result, events),
         };
         used(permit);
@@ -157,7 +161,7 @@ impl Engine {
     }
 
     /// Lets go of `n` failed writes.
-    pub(crate) fn end_failed(&self, mut z: Locked<'_>, n: u32, events: &impl Events) {
+    fn end_failed(&self, mut z: Locked<'_>, n: u32, events: &impl Events) {
         let drained = z.release(n);
         let settled = self.settle(&mut z);
         let zone = z.no;
@@ -179,7 +183,7 @@ impl Engine {
 
     /// The next write goes to the written end. A zone that a failed write opened is empty again; one that was
     /// opened by command stays open.
-    pub(crate) fn roll_back(&self, z: &mut Locked<'_>) {
+    fn roll_back(&self, z: &mut Locked<'_>) {
         z.next = z.done;
         if z.done == 0 && !z.is_more_than_empty() {
             let mut change = self.accounting.change(&self.zones);
@@ -192,16 +196,19 @@ impl Engine {
         }
     }
 
-    fn complete_preferred(
+    /// `end`: where the zone's written end is at least, once this is written. `depends`: the write can be read only if the
+    /// run state has that end, even if it was another one that moved it.
+    fn complete_unordered(
         &self,
         permit: &WritePermit,
+        end: u64,
+        depends: bool,
         result: Result<(), i32>,
         events: &impl Events,
     ) -> Completion {
         let zone = permit.zone;
         let mut z = self.lock(zone);
         z.outstanding -= 1;
-        let end = permit.offset - self.geometry.start(zone) + permit.len;
         let advanced = result.is_ok() && end > z.done;
         if advanced {
             self.grow(&mut z, end, permit.len, events);
@@ -209,7 +216,8 @@ impl Engine {
             z.bytes_written = z.bytes_written.saturating_add(permit.len);
             self.dirty.mark(zone);
         }
-        // With nothing in flight, a failed write above the pointer leaves a gap that the next one must zero.
+        // With nothing in flight, a failed write above the pointer has not moved it: in a sequential-preferred zone it leaves
+        // a gap that the next one must zero.
         if z.outstanding == 0 {
             self.roll_back(&mut z);
         }
@@ -217,7 +225,7 @@ impl Engine {
             self.end_failed(z, 1, events);
             return Completion::Failed(errno);
         }
-        Completion::Prefix(self.unordered(zone, zone, z.done, advanced))
+        Completion::Prefix(self.unordered(zone, zone, z.done, advanced || depends))
     }
 
     fn complete_conventional(

@@ -11,7 +11,7 @@
 
 use crate::engine::{Engine, Locked, ZRWA};
 use crate::error::{Refused, ZoneError};
-use crate::permit::{Completion, Events, Order, Prefix, WritePermit};
+use crate::permit::{Events, Order, Prefix, WritePermit};
 use crate::rules::{Writable, writable};
 use crate::types::{Condition, ZoneNo};
 
@@ -92,37 +92,6 @@ impl Engine {
             len,
             order: Order::Window { pointer },
         })
-    }
-
-    pub(crate) fn complete_window(
-        &self,
-        permit: &WritePermit,
-        pointer: u64,
-        result: Result<(), i32>,
-        events: &impl Events,
-    ) -> Completion {
-        let zone = permit.zone;
-        let mut z = self.lock(zone);
-        z.outstanding -= 1;
-        if result.is_ok() {
-            let pointer = pointer.max(z.done);
-            if pointer > z.done {
-                self.grow(&mut z, pointer, permit.len, events);
-            } else {
-                z.bytes_written = z.bytes_written.saturating_add(permit.len);
-                self.dirty.mark(zone);
-            }
-        }
-        // With nothing in flight, a failed write that would have moved the pointer has not.
-        if z.outstanding == 0 {
-            self.roll_back(&mut z);
-        }
-        if let Err(errno) = result {
-            self.end_failed(z, 1, events);
-            return Completion::Failed(errno);
-        }
-        // Another write may have moved the pointer just now so far that this one lies in the area.
-        Completion::Prefix(self.unordered(zone, zone, z.done, true))
     }
 
     /// Moves the write pointer of a zone with an area to byte `end` of the device, which lies in the area or at its end:
