@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use crate::dma::Dma;
 use crate::irq::{Interrupts, IrqKind};
+use crate::line::Line;
 
 /// A region: a BAR, the expansion ROM, or configuration space. Its index is its place in [`Device::regions`].
 #[derive(Debug, Clone, Default)]
@@ -76,6 +77,18 @@ pub trait Device {
     /// # Errors
     /// What the client is told, if it listens.
     fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno>;
+
+    /// Whether a thread of the device wants to wait at the connection's socket now. One that sleeps until the client posts
+    /// a write is then woken by that itself. Asked whenever the server has answered everything.
+    fn wants_line(&self) -> bool {
+        false
+    }
+
+    /// The socket, after [`wants_line`](Self::wants_line). To be dropped without delay where something else than such writes
+    /// comes, and where the server wants it back.
+    fn take_line(&mut self, line: Line) {
+        drop(line);
+    }
 
     /// Resets the device, to the state that it had when the client connected. No access to the client's memory is in flight
     /// afterwards.

@@ -10,6 +10,7 @@
 mod device;
 mod dma;
 mod irq;
+mod line;
 pub mod message;
 mod peer;
 mod server;
@@ -18,4 +19,5 @@ pub mod session;
 pub use device::{Device, Link, Mmap, Region, Stuck};
 pub use dma::{Dma, DmaError};
 pub use irq::{Interrupts, IrqKind};
+pub use line::{Heard, Line, PostedWrite};
 pub use server::{Event, ServeError, Server, ServerHandle};

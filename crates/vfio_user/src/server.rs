@@ -3,17 +3,22 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use zbdkit_io::unix::{Awake, Knock, Listener, Progress, Reception, Stop};
+use zbdkit_spec::vfio_user::flag;
 
 use crate::device::{Device, Stuck};
+use crate::line::{Home, Met};
 use crate::message::{RawMessage, Stream, StreamError, is_reply};
 use crate::peer::PeerError;
 use crate::session::{CloseError, OpenError, Refused, Session};
 
 /// How long what is in flight may keep memory that a client takes away. QEMU waits 5 s for an answer.
 const RELEASE_WITHIN: Duration = Duration::from_secs(3);
+/// How long a thread of the device may keep the socket that is wanted back: it may be in a system call.
+const RECALL_WITHIN: Duration = Duration::from_secs(30);
 /// Commands that are kept while another one waits for memory.
 const MAX_BACKLOG: usize = 64;
 /// Messages that are answered before the server looks whether it shall end.
@@ -141,12 +146,14 @@ impl Server {
         let session = Session::open(device, self.release_within)?;
         on_event(Event::Connected);
         let mut connection = Connection {
-            stream: Stream::new(client).map_err(StreamError::from)?,
             backlog: VecDeque::new(),
             session,
             stop: self.reception.stop().clone(),
+            home: Home::new().map_err(StreamError::from)?,
+            is_posting: false,
         };
-        let result = connection.converse(&mut self.reception, on_event);
+        let stream = Stream::new(client).map_err(StreamError::from)?;
+        let result = connection.converse(stream, &mut self.reception, on_event);
         match connection.session.close() {
             Ok(()) => result,
             Err(CloseError::Stuck(stuck)) if matches!(result, Err(Ended::Stopped)) => {
@@ -204,31 +211,66 @@ impl From<OpenError> for Ended {
 
 /// One client that is served.
 struct Connection<'a, D: Device> {
-    stream: Stream,
     /// Commands that came while one was waiting.
     backlog: VecDeque<RawMessage>,
     session: Session<'a, D>,
     stop: Stop,
+    /// Where the socket comes back to from threads of the device.
+    home: Arc<Home>,
+    /// The last command wanted no answer.
+    is_posting: bool,
 }
 
 impl<D: Device> Connection<'_, D> {
     /// Answers messages until the client or the server goes.
     fn converse(
         &mut self,
+        mut stream: Stream,
         reception: &mut Reception,
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Ended> {
         loop {
-            let has_come = self.wait(reception, on_event)?;
-            self.send_accesses()?;
-            if has_come && !self.answer(on_event)? {
+            let met;
+            (stream, met) = self.lend(stream, reception, on_event)?;
+            let has_come = met.is_some() || self.wait(&stream, reception, on_event)?;
+            self.send_accesses(&stream)?;
+            if has_come && !self.answer(&mut stream, met, on_event)? {
                 return Ok(());
             }
         }
     }
 
+    /// Lends the socket to the device, where it wants that, and waits until something is to be done here. With what has
+    /// come meanwhile.
+    fn lend(
+        &mut self,
+        stream: Stream,
+        reception: &mut Reception,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<(Stream, Option<Met>), Ended> {
+        // Answers of the client are taken here, and what wants one is answered here.
+        let is_heard = self.session.dma().peer().deadline().is_some();
+        if is_heard || !self.is_posting || !self.session.wants_line() {
+            return Ok((stream, None));
+        }
+        self.session.take_line(self.home.lend(stream));
+        let fds = [self.home.as_fd(), self.session.dma().peer().as_fd()];
+        let waited = reception.wait(fds, None, &mut |knock| on_event(Event::of(&knock)));
+        // Whatever it was: there is no need to know.
+        let back = self.home.recall(RECALL_WITHIN);
+        match waited.map_err(|error| Ended::Fatal(error.into()))? {
+            Awake::Stopped => Err(Ended::Stopped),
+            Awake::Ready(_) => back.ok_or(Ended::Fatal(Stuck(RECALL_WITHIN).into())),
+        }
+    }
+
     /// Waits for something to do. Whether that is at the client's socket.
-    fn wait(&self, reception: &mut Reception, on_event: &mut dyn FnMut(Event<'_>)) -> Result<bool, Ended> {
+    fn wait(
+        &self,
+        stream: &Stream,
+        reception: &mut Reception,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<bool, Ended> {
         let peer = self.session.dma().peer();
         let timeout = peer
             .deadline()
@@ -236,7 +278,7 @@ impl<D: Device> Connection<'_, D> {
         if timeout.is_some_and(|left| left.is_zero()) {
             return Err(PeerError::Silent.into());
         }
-        let fds = [self.stream.as_fd(), peer.as_fd()];
+        let fds = [stream.as_fd(), peer.as_fd()];
         let awake = reception.wait(fds, timeout, &mut |knock| on_event(Event::of(&knock)));
         match awake.map_err(|error| Ended::Fatal(error.into()))? {
             Awake::Stopped => Err(Ended::Stopped),
@@ -245,42 +287,53 @@ impl<D: Device> Connection<'_, D> {
     }
 
     /// Sends the accesses to memory that wait and may be sent.
-    fn send_accesses(&self) -> Result<(), StreamError> {
+    fn send_accesses(&self, stream: &Stream) -> Result<(), StreamError> {
         let peer = self.session.dma().peer();
         peer.heard();
         while let Some(bytes) = peer.next() {
-            self.stream.send(&bytes, None, self.stop.as_fd())?;
+            stream.send(&bytes, None, self.stop.as_fd())?;
         }
         Ok(())
     }
 
-    /// Answers what is there, but not for ever. False when the client is gone.
-    fn answer(&mut self, on_event: &mut dyn FnMut(Event<'_>)) -> Result<bool, Ended> {
+    /// Answers what has come and what is there, but not for ever. False when the client is gone.
+    fn answer(
+        &mut self,
+        stream: &mut Stream,
+        met: Option<Met>,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<bool, Ended> {
+        let mut next = met;
         for _ in 0..ROUND {
-            let message = match self.stream.advance()? {
+            let message = match next.take().unwrap_or_else(|| stream.advance())? {
                 Progress::Message(message) => message,
                 Progress::Idle => break,
                 Progress::Closed => return Ok(false),
             };
             if is_reply(&message.header) {
                 self.session.take_reply(&message)?;
-                self.send_accesses()?;
+                self.send_accesses(stream)?;
                 continue;
             }
-            self.command(message, on_event)?;
+            self.command(stream, message, on_event)?;
             while let Some(message) = self.backlog.pop_front() {
-                self.command(message, on_event)?;
+                self.command(stream, message, on_event)?;
             }
         }
         Ok(true)
     }
 
-    fn command(&mut self, message: RawMessage, on_event: &mut dyn FnMut(Event<'_>)) -> Result<(), Ended> {
+    fn command(
+        &mut self,
+        stream: &mut Stream,
+        message: RawMessage,
+        on_event: &mut dyn FnMut(Event<'_>),
+    ) -> Result<(), Ended> {
         let Connection {
-            stream,
             backlog,
             session,
             stop,
+            ..
         } = self;
         let mut pump = |dma: &crate::Dma| {
             while backlog.len() < MAX_BACKLOG {
@@ -295,6 +348,7 @@ impl<D: Device> Connection<'_, D> {
             }
             Ok(())
         };
+        self.is_posting = message.header.flags.get() & flag::NO_REPLY != 0;
         let outcome = session.dispatch(message, &mut pump)?;
         if let Some(refused) = &outcome.refused {
             on_event(Event::Refused(refused));

@@ -16,6 +16,7 @@ use zerocopy::IntoBytes;
 use crate::device::{Device, Link, Mmap, Region, Stuck};
 use crate::dma::{Dma, MapError};
 use crate::irq::{Interrupts, IrqKind};
+use crate::line::Line;
 use crate::message::{
     IrqAction, IrqData, Limits, Malformed, RawMessage, Request, SetIrqs, StreamError, error_reply, reply,
 };
@@ -153,6 +154,14 @@ impl<'a, D: Device> Session<'a, D> {
 
     pub(crate) fn dma(&self) -> &Dma {
         &self.link.dma
+    }
+
+    pub(crate) fn wants_line(&self) -> bool {
+        self.device.wants_line()
+    }
+
+    pub(crate) fn take_line(&mut self, line: Line) {
+        self.device.take_line(line);
     }
 
     /// Takes a reply to a command of ours.

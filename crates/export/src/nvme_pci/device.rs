@@ -9,17 +9,18 @@ use zbdkit_io::SharedDwords;
 use zbdkit_nvme::{Controller, ControllerOptions, Subsystem};
 use zbdkit_spec::nvme::controller::{Cc, offset};
 use zbdkit_spec::vfio_user::{pci_irq, pci_region};
-use zbdkit_vfio_user::{Device, IrqKind, Link, Mmap, Region, Stuck};
+use zbdkit_vfio_user::{Device, IrqKind, Line, Link, Mmap, Region, Stuck};
 
 use super::config::{self, ConfigSpace, Layout, VENDOR_ID};
 use super::control::follow;
 use super::front::Front;
+use super::line::wait_at;
 use super::worker::{WorkerHandle, WorkerThread};
 
 /// Most I/O queues: their doorbells fit a page, and so do their shadows.
 pub(super) const MAX_IO_QUEUES: u16 = 511;
 
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 
 /// The function.
 pub(super) struct Function {
@@ -35,6 +36,8 @@ pub(super) struct Function {
     handles: Arc<[WorkerHandle]>,
     drain_within: Duration,
     front: Option<Arc<Front>>,
+    /// The worker that the client's last message has woken.
+    rung: Option<usize>,
     /// Of a connection that did not come to rest.
     left_behind: Option<Arc<Front>>,
 }
@@ -104,6 +107,7 @@ impl Function {
             handles,
             drain_within,
             front: None,
+            rung: None,
             left_behind: None,
         })
     }
@@ -126,7 +130,7 @@ impl Function {
         }
     }
 
-    fn write_register(&self, front: &Arc<Front>, at: u64, value: u32) {
+    fn write_register(&mut self, front: &Arc<Front>, at: u64, value: u32) {
         let low = |old: u64| old & !0xffff_ffff | u64::from(value & !0xfff);
         let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
         match at {
@@ -137,10 +141,9 @@ impl Function {
             offset::ACQ => front.write_admin_registers(|admin| admin.acq = low(admin.acq)),
             0x34 => front.write_admin_registers(|admin| admin.acq = high(admin.acq)),
             offset::DOORBELLS.. if at < u64::from(self.layout.msix_table) => {
-                let index = (at - offset::DOORBELLS) / 4;
-                match front.doorbells.ring(index as usize, value) {
-                    Some(worker) => self.handles[worker].wake(),
-                    None => tracing::debug!("the host rang doorbell {index}, which no queue has"),
+                self.rung = front.doorbells.ring(at, value);
+                if let Some(worker) = self.rung {
+                    self.handles[worker].wake();
                 }
             }
             _ => {}
@@ -174,6 +177,7 @@ impl Device for Function {
     }
 
     fn region_read(&mut self, region: u32, at: u64, out: &mut [u8]) -> Result<(), Errno> {
+        self.rung = None;
         out.fill(0);
         if region == pci_region::CONFIG {
             self.config.read(at, out);
@@ -190,7 +194,8 @@ impl Device for Function {
     }
 
     fn region_write(&mut self, region: u32, at: u64, data: &[u8]) -> Result<(), Errno> {
-        let Some(front) = &self.front else {
+        self.rung = None;
+        let Some(front) = self.front.clone() else {
             return Err(Errno::NODEV);
         };
         if region == pci_region::CONFIG {
@@ -204,10 +209,20 @@ impl Device for Function {
         if at.is_multiple_of(4) {
             for (at, dword) in (at..).step_by(4).zip(data.chunks_exact(4)) {
                 let value = u32::from_le_bytes(dword.try_into().expect("4 bytes"));
-                self.write_register(front, at, value);
+                self.write_register(&front, at, value);
             }
         }
         Ok(())
+    }
+
+    fn wants_line(&self) -> bool {
+        self.rung.is_some() && self.regions[pci_region::BAR0 as usize].mmap.is_none()
+    }
+
+    fn take_line(&mut self, line: Line) {
+        if let (Some(worker), Some(front)) = (self.rung.take(), self.front.clone()) {
+            wait_at(line, front, self.handles.clone(), worker);
+        }
     }
 
     fn reset(&mut self) -> Result<(), Stuck> {

@@ -80,11 +80,15 @@ impl Doorbells {
         self.workers[index].store(worker as u32 + 1, Ordering::Release);
     }
 
-    /// The host rings the doorbell with this index. Returns the worker to wake; `None` where there is no such queue.
-    pub(super) fn ring(&self, index: usize, value: u32) -> Option<usize> {
-        let worker = self.workers.get(index)?.load(Ordering::Acquire).checked_sub(1)?;
-        self.set(index, value & 0xffff);
-        Some(worker as usize)
+    /// The host rings the doorbell at this offset in BAR0. Returns the worker to wake; `None` where there is no such queue.
+    pub(super) fn ring(&self, at: u64, value: u32) -> Option<usize> {
+        let index = (at - offset::DOORBELLS) as usize / 4;
+        let worker = self.workers.get(index)?.load(Ordering::Acquire).checked_sub(1);
+        match worker {
+            Some(_) => self.set(index, value & 0xffff),
+            None => tracing::debug!("the host rang doorbell {index}, which no queue has"),
+        }
+        worker.map(|worker| worker as usize)
     }
 
     fn close(&self) {

@@ -6,13 +6,15 @@
 //! Threads: the server's own takes messages; it answers register reads, and leaves what registers are written to the
 //! *control* task, so that it never waits for the device. *Workers* serve the queues, one runtime each: a submission
 //! queue lives on the worker of its completion queue, and nothing of either is shared but the doorbells. The control
-//! task and the admin queue are on the first worker.
+//! task and the admin queue are on the first worker. Between two other messages, the worker that was rung last waits at the
+//! client's socket (`line`), in place of the server's thread.
 
 mod config;
 mod control;
 mod cq;
 mod device;
 mod front;
+mod line;
 mod oneshot;
 mod pointer;
 mod queues;

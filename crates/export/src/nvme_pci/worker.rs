@@ -251,6 +251,8 @@ impl PollSource for Worker {
 
     fn prepare_sleep(&self) -> bool {
         if self.polls && !self.sqs.borrow().is_empty() {
+            // Whoever waits for this CPU may be who has the next request.
+            std::thread::yield_now();
             self.poll();
             return true;
         }

@@ -2,12 +2,15 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+use std::future::{Future, poll_fn};
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -16,8 +19,11 @@ use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use zbdkit_io::unix::Listener;
+use zbdkit_io::{Runtime, RuntimeOptions};
 use zbdkit_spec::vfio_user::{DmaMap, DmaUnmap, HEADER_SIZE, Header, IrqSet, RegionAccess, command, flag};
-use zbdkit_vfio_user::{Device, IrqKind, Link, Mmap, Region, ServeError, Server, ServerHandle, Stuck};
+use zbdkit_vfio_user::{
+    Device, Heard, IrqKind, Line, Link, Mmap, PostedWrite, Region, ServeError, Server, ServerHandle, Stuck,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// A region that is memory.
@@ -38,17 +44,21 @@ pub struct Seen {
     pub disconnects: usize,
     pub refused: Vec<String>,
     pub closed: Vec<String>,
+    /// Writes that a thread of the device took from a line.
+    pub taken: usize,
 }
 
 pub struct Toy {
     regions: Vec<Region>,
     irqs: Vec<IrqKind>,
-    memory: Vec<u8>,
+    memory: Arc<Mutex<Vec<u8>>>,
     seen: Arc<Mutex<Seen>>,
+    /// A thread of it waits at the socket whenever it may.
+    waits: bool,
 }
 
 impl Toy {
-    fn new(seen: Arc<Mutex<Seen>>) -> Toy {
+    fn new(seen: Arc<Mutex<Seen>>, waits: bool) -> Toy {
         let plain = Region {
             size: SIZE,
             readable: true,
@@ -72,8 +82,9 @@ impl Toy {
         Toy {
             regions,
             irqs,
-            memory: vec![0; SIZE as usize],
+            memory: Arc::new(Mutex::new(vec![0; SIZE as usize])),
             seen,
+            waits,
         }
     }
 }
@@ -96,7 +107,7 @@ impl Device for Toy {
         if region == FORBIDDEN {
             return Err(Errno::PERM);
         }
-        out.copy_from_slice(&self.memory[offset as usize..][..out.len()]);
+        out.copy_from_slice(&self.memory.lock().unwrap()[offset as usize..][..out.len()]);
         Ok(())
     }
 
@@ -104,12 +115,25 @@ impl Device for Toy {
         if region == FORBIDDEN {
             return Err(Errno::PERM);
         }
-        self.memory[offset as usize..][..data.len()].copy_from_slice(data);
+        self.memory.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
         Ok(())
     }
 
+    fn wants_line(&self) -> bool {
+        self.waits
+    }
+
+    fn take_line(&mut self, line: Line) {
+        let (memory, seen) = (self.memory.clone(), self.seen.clone());
+        std::thread::spawn(move || {
+            Runtime::new(RuntimeOptions::default())
+                .unwrap()
+                .block_on(wait_at(line, memory, seen))
+        });
+    }
+
     fn reset(&mut self) -> Result<(), Stuck> {
-        self.memory.fill(0);
+        self.memory.lock().unwrap().fill(0);
         self.seen.lock().unwrap().resets += 1;
         Ok(())
     }
@@ -123,6 +147,37 @@ impl Device for Toy {
         seen.link = None;
         seen.disconnects += 1;
         Ok(())
+    }
+}
+
+/// Takes dwords that are written to BAR0.
+async fn wait_at(mut line: Line, memory: Arc<Mutex<Vec<u8>>>, seen: Arc<Mutex<Seen>>) {
+    let takes = |write: &PostedWrite| {
+        write.region == BAR0
+            && write.data().len() == 4
+            && write.offset <= SIZE - 4
+            && write.offset.is_multiple_of(4)
+    };
+    loop {
+        let is_recalled = {
+            let mut readable = pin!(zbdkit_io::readable(line.as_fd()));
+            poll_fn(|cx| match line.is_recalled(cx) {
+                true => Poll::Ready(true),
+                false => readable.as_mut().poll(cx).map(|_| false),
+            })
+            .await
+        };
+        match is_recalled {
+            true => return,
+            false => match line.listen(takes) {
+                Heard::Nothing => {}
+                Heard::Else => return,
+                Heard::Write(write) => {
+                    memory.lock().unwrap()[write.offset as usize..][..4].copy_from_slice(write.data());
+                    seen.lock().unwrap().taken += 1;
+                }
+            },
+        }
     }
 }
 
@@ -140,6 +195,15 @@ impl Rig {
     }
 
     pub fn with(release_within: Duration) -> Rig {
+        Rig::of(release_within, false)
+    }
+
+    /// A thread of the device waits at the socket whenever it may.
+    pub fn waiting() -> Rig {
+        Rig::of(Duration::from_secs(20), true)
+    }
+
+    fn of(release_within: Duration, waits: bool) -> Rig {
         let dir = tempfile::tempdir().unwrap();
         let listener = Listener::bind(&dir.path().join("s")).unwrap();
         let server = Server::new(listener).unwrap().release_within(release_within);
@@ -147,7 +211,7 @@ impl Rig {
         let seen = Arc::<Mutex<Seen>>::default();
         let theirs = seen.clone();
         let thread = std::thread::spawn(move || {
-            let mut toy = Toy::new(theirs.clone());
+            let mut toy = Toy::new(theirs.clone(), waits);
             server.run(&mut toy, |event| match event {
                 zbdkit_vfio_user::Event::Refused(refused) => {
                     theirs.lock().unwrap().refused.push(refused.to_string());
@@ -299,6 +363,13 @@ impl Raw {
         let mut payload = access(region, offset, data.len() as u32).as_bytes().to_vec();
         payload.extend(data);
         self.call(command::REGION_WRITE, &payload, &[])
+    }
+
+    /// Writes without asking for an answer, as QEMU does.
+    pub fn post(&mut self, region: u32, offset: u64, data: &[u8]) {
+        let payload = [access(region, offset, data.len() as u32).as_bytes(), data].concat();
+        let flags = flag::COMMAND | flag::NO_REPLY;
+        self.send(0, command::REGION_WRITE, flags, &payload, &[]);
     }
 
     pub fn map(&mut self, address: u64, size: u64, fd: Option<&OwnedFd>) -> Result<Vec<u8>, u32> {
