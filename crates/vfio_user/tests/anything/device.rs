@@ -9,7 +9,7 @@ use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use zbdkit_io::IoBuf;
 use zbdkit_io::mem::Access;
-use zbdkit_vfio_user::{IrqKind, Link, Mmap, Region, Stuck};
+use zbdkit_vfio_user::{Heard, IrqKind, Line, Link, Mmap, Region, Stuck};
 
 /// Bytes of a region.
 const SIZE: u64 = 0x4000;
@@ -151,6 +151,17 @@ impl zbdkit_vfio_user::Device for Device {
             self.poll();
         }
         Ok(())
+    }
+
+    fn wants_line(&self) -> bool {
+        self.link.is_some()
+    }
+
+    /// What is there is taken or left at once.
+    fn take_line(&mut self, mut line: Line) {
+        while let Heard::Write(write) = line.listen(|write| write.region == 0) {
+            assert!(write.data().len() <= 8);
+        }
     }
 
     fn reset(&mut self) -> Result<(), Stuck> {
