@@ -6,6 +6,7 @@
 
 mod args;
 mod cli;
+mod control;
 mod image;
 mod log;
 mod output;

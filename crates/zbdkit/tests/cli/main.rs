@@ -1,6 +1,7 @@
 //! The command line as its users meet it: what it prints, where, and with which exit status.
 
 mod compare;
+mod control;
 mod convert;
 mod create;
 mod damage;

@@ -14,7 +14,7 @@ use zbdkit_testkit::nvme::{Driver, DriverOptions, Entry};
 use crate::support::Bench;
 
 /// A daemon that said that it is ready.
-struct Daemon {
+pub struct Daemon {
     child: Child,
     stdout: BufReader<ChildStdout>,
     /// What it printed up to that.
@@ -22,7 +22,7 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start(mut command: Command) -> Daemon {
+    pub fn start(mut command: Command) -> Daemon {
         let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -44,12 +44,12 @@ impl Daemon {
         Daemon { child, stdout, said }
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
     /// Waits for the end: exit status, and what it said since it was ready.
-    fn finish(mut self) -> (Option<i32>, String) {
+    pub fn finish(mut self) -> (Option<i32>, String) {
         let mut rest = String::new();
         self.stdout.read_to_string(&mut rest).unwrap();
         (self.child.wait().unwrap().code(), rest)
@@ -63,7 +63,7 @@ impl Drop for Daemon {
     }
 }
 
-fn serve(bench: &Bench, args: &[&str]) -> Command {
+pub fn serve(bench: &Bench, args: &[&str]) -> Command {
     let mut command = bench.command();
     command.arg("serve").args(args);
     command

@@ -17,6 +17,7 @@ use super::{
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct File {
+    control: Option<PathBuf>,
     #[serde(default)]
     device: Vec<DeviceEntry>,
     #[serde(default)]
@@ -107,6 +108,7 @@ fn plan(text: &str) -> anyhow::Result<Plan> {
     let mut plan = Plan {
         devices: Vec::new(),
         doors: Vec::new(),
+        control: file.control,
     };
     for entry in file.device {
         add_device(&mut plan, entry)?;
@@ -187,7 +189,7 @@ fn add_controller(plan: &mut Plan, entry: NvmeEntry) -> anyhow::Result<()> {
 }
 
 fn distinct_sockets(plan: &Plan) -> anyhow::Result<()> {
-    let mut seen: Vec<&Path> = Vec::new();
+    let mut seen: Vec<&Path> = plan.control.iter().map(PathBuf::as_path).collect();
     for door in &plan.doors {
         let socket = door.socket.as_path();
         anyhow::ensure!(

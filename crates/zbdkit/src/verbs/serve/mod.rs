@@ -1,6 +1,7 @@
 //! `zbdkit serve`: the daemon. Opens images, attaches them to doors, and ends cleanly when asked to.
 
 mod config;
+mod control;
 mod doors;
 mod hints;
 mod identity;
@@ -21,6 +22,7 @@ use zbdkit_io::BackendKind;
 
 use crate::image::{ImageArgs, Session};
 use crate::output::{Out, Usage, complain, describe};
+use control::Control;
 use doors::{Door, Handle, Server};
 use namespace::{Argument, Shown};
 use service::{Event, Handed};
@@ -57,9 +59,13 @@ pub struct Serve {
     #[arg(long, value_name = "BYTES", requires = "nvme", value_parser = max_transfer, default_value = "1M")]
     pub max_transfer: MaxTransfer,
 
+    /// Take requests of an operator at this unix socket: 'zbdkit set-zone --control SOCKET'
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
+
     /// Serve what this file says
     #[arg(long, value_name = "FILE", conflicts_with_all = ["image", "image_opts", "vhost_user_blk", "nvme",
-        "namespace", "max_transfer", "serial", "read_only", "direct", "run_state", "queues", "queue_size", "poll_us", "poll"])]
+        "namespace", "control", "max_transfer", "serial", "read_only", "direct", "run_state", "queues", "queue_size", "poll_us", "poll"])]
     pub config: Option<PathBuf>,
 
     /// Request queues, each with a thread of its own, 1 to 256 [default: one a CPU, at most 4]. Of an NVMe controller:
@@ -119,6 +125,7 @@ SIGINT, which closes the images cleanly; a second signal ends it at once. A virt
 Under systemd it says when it is ready (Type=notify) and takes sockets (SOCKET is 'systemd'; in the order of the doors).
 
 Configuration:
+  control = \"/run/zbdkit.ctl\"  # for 'zbdkit set-zone --control'
   [[device]]
   image = \"disk.raw\"           # as IMAGE above; relative to where zbdkit is started
   read-only = false
@@ -145,6 +152,8 @@ Configuration:
 struct Plan {
     devices: Vec<DevicePlan>,
     doors: Vec<DoorPlan>,
+    /// Where the operator is listened to.
+    control: Option<PathBuf>,
 }
 
 struct DevicePlan {
@@ -277,6 +286,7 @@ fn plan_of(args: Serve) -> anyhow::Result<Plan> {
     Ok(Plan {
         doors: doors.collect(),
         devices,
+        control: args.control,
     })
 }
 
@@ -303,6 +313,7 @@ fn open_options(read_only: bool, direct: bool, run_state: &str) -> anyhow::Resul
 struct Served {
     devices: Vec<Device>,
     doors: Vec<Door>,
+    control: Option<Control>,
 }
 
 impl Served {
@@ -311,6 +322,7 @@ impl Served {
         let mut served = Served {
             devices: Vec::new(),
             doors: Vec::new(),
+            control: None,
         };
         match served.fill(session, plan, handed) {
             Ok(()) => Ok(served),
@@ -346,13 +358,17 @@ impl Served {
                 .with_context(|| format!("{}: {}", names.join(", "), door.kind.name()))?;
             self.doors.push(door);
         }
+        self.control = plan.control.as_deref().map(Control::bind).transpose()?;
         Ok(())
     }
 
     /// Prints what to paste, starts serving, and says that it is ready.
     fn run(self, plan: &Plan, sender: mpsc::Sender<Event>, events: mpsc::Receiver<Event>) -> Running {
+        let images = plan.devices.iter().map(|planned| planned.name.clone());
+        let images = images.zip(self.devices.iter().cloned()).collect();
         let mut running = Running {
             devices: self.devices,
+            control: self.control.map(|control| control.run(images)),
             threads: Vec::new(),
             handles: Vec::new(),
             events,
@@ -396,6 +412,7 @@ fn start(server: Server, events: mpsc::Sender<Event>) -> JoinHandle<Ending> {
 /// Doors that serve.
 struct Running {
     devices: Vec<Device>,
+    control: Option<control::Running>,
     threads: Vec<JoinHandle<Ending>>,
     handles: Vec<Handle>,
     events: mpsc::Receiver<Event>,
@@ -410,6 +427,9 @@ impl Running {
         }
         service::notify("STOPPING=1");
         self.handles.iter().for_each(Handle::shutdown);
+        if let Some(control) = self.control {
+            control.end();
+        }
         let mut failed = false;
         for thread in self.threads {
             match thread.join() {
