@@ -497,8 +497,8 @@ impl Node for ZonedNode {
         Box::pin(self.commit_area(end))
     }
 
-    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
-        Box::pin(self.attach(zone_start, extension))
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8], zrwa: bool) -> Request<'a, ()> {
+        Box::pin(self.attach(zone_start, extension, zrwa))
     }
 
     fn extension<'a>(&'a self, zone_start: u64) -> Request<'a, Option<Vec<u8>>> {
