@@ -204,6 +204,14 @@ impl NvmeNode {
         }
     }
 
+    /// The driver alone.
+    pub fn into_driver(self) -> Driver {
+        self.host
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .driver
+    }
+
     /// The driver, between commands.
     pub fn with_driver<T>(&self, run: impl FnOnce(&mut Driver) -> T) -> T {
         run(&mut self.host().driver)
