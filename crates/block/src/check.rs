@@ -5,13 +5,14 @@
 use std::sync::Arc;
 
 use zbdkit_qcow2::{CheckReport, Repair};
+use zbdkit_zone::ZoneNo;
 
 use crate::error::OpenError;
 use crate::graph::{Graph, OpenOptions};
 use crate::host::Host;
 use crate::node::{CrossZone, Lane, MapExtent, Node};
 use crate::qcow2::ImageFormat;
-use crate::zoned::{Finding, Records, Salvaged, Table, drop_damaged, zones_of};
+use crate::zoned::{Finding, Records, Salvaged, Slots, Table, TableError, drop_damaged, zones_of};
 
 /// What a check found.
 #[derive(Clone, Debug)]
@@ -133,7 +134,16 @@ async fn check_sidecar(
             mut records,
             findings,
         } = salvaged;
-        drop_damaged(&findings, &mut records);
+        drop_extensions("", &findings, &mut records, &mut found);
+        if findings.contains(&Finding::Outdated) {
+            found.say(
+                "write pointers are those of the older copies: what lies above them is not shown any more"
+                    .into(),
+            );
+            tell_forgotten(&table, &mut found)
+                .await
+                .map_err(|e| crate::zoned::Place::Sidecar(files.sidecar.clone()).table_error(e))?;
+        }
         rebuild_lost(&findings, &table, &mut records, &*files.data, &mut found)
             .await
             .map_err(OpenError::from)?;
@@ -162,6 +172,42 @@ pub(crate) fn tell(salvaged: &Salvaged, found: &mut ZoneCheck) {
             _ => found.error(finding.to_string()),
         }
     }
+}
+
+/// Takes damaged descriptor extensions out of the records, and says so. `whose` is put before it.
+pub(crate) fn drop_extensions(
+    whose: &str,
+    findings: &[Finding],
+    records: &mut Records,
+    found: &mut ZoneCheck,
+) {
+    for zone in drop_damaged(findings, records) {
+        found.say(format!(
+            "{whose}zone {zone}: its descriptor extension is damaged and dropped"
+        ));
+    }
+}
+
+/// What is lost with the newest copies of an outdated table, besides write pointers. What an operation set is in both copies
+/// of its block once the image was closed, so it is lost only where no copy is left.
+pub(crate) async fn tell_forgotten(table: &Table, found: &mut ZoneCheck) -> Result<(), TableError> {
+    found.say(
+        "with the lost copies go counters of bytes written, and where no copy of a block is left all counters, descriptor \
+         extensions, random write areas, attributes, and which zones were finished, made read-only or offline"
+            .into(),
+    );
+    let Some(slots) = Slots::of(table) else {
+        return Ok(());
+    };
+    for zone in (0..table.header().nr_zones.get()).filter(|zone| !table.has_copy(*zone)) {
+        // A slot keeps its bytes when its zone is reset.
+        if slots.read(ZoneNo(zone)).await?.iter().any(|byte| *byte != 0) {
+            found.say(format!(
+                "zone {zone}: it has lost its descriptor extension, unless it was reset since it got one"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The last resort: written ends of zones whose records nothing holds any more, from where their data ends.

@@ -204,10 +204,16 @@ impl Device {
         self.node().commit_zrwa(end).await
     }
 
-    /// Attaches a descriptor extension to an empty zone; see [`Node::set_extension`].
-    pub async fn set_extension(&self, _lane: &Lane, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
+    /// Attaches a descriptor extension to an empty zone, with a random write area if `zrwa`; see [`Node::set_extension`].
+    pub async fn set_extension(
+        &self,
+        _lane: &Lane,
+        zone_start: u64,
+        extension: &[u8],
+        zrwa: bool,
+    ) -> Result<(), Error> {
         self.check_writable()?;
-        self.node().set_extension(zone_start, extension).await
+        self.node().set_extension(zone_start, extension, zrwa).await
     }
 
     /// The descriptor extension of a zone, where it has one.

@@ -323,8 +323,9 @@ pub trait Node: Send + Sync {
     }
 
     /// Attaches a descriptor extension to the empty zone that starts at `zone_start`, which is closed afterwards and takes
-    /// an active resource. Durable once acknowledged. A shorter extension than the device's is filled up with zeros.
-    fn set_extension<'a>(&'a self, _zone_start: u64, _extension: &'a [u8]) -> Request<'a, ()> {
+    /// an active resource. With `zrwa` it gets a random write area as well, both or neither. Durable once acknowledged. A
+    /// shorter extension than the device's is filled up with zeros.
+    fn set_extension<'a>(&'a self, _zone_start: u64, _extension: &'a [u8], _zrwa: bool) -> Request<'a, ()> {
         Box::pin(async { Err(Error::NotSupported("zone descriptor extensions")) })
     }
 

@@ -213,12 +213,12 @@ impl Node for RawNode {
         })
     }
 
-    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8], zrwa: bool) -> Request<'a, ()> {
         Box::pin(async move {
             self.zone_at(zone_start)?;
             let set = self
                 .child
-                .set_extension(self.offset + zone_start, extension)
+                .set_extension(self.offset + zone_start, extension, zrwa)
                 .await;
             set.map_err(|error| self.here(error))
         })

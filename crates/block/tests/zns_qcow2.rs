@@ -35,29 +35,41 @@ fn areas_and_extensions_outlive_a_close_inside_a_qcow2_image() {
     rig.close(device);
 }
 
+/// What a check says of the zones of `disk.qcow2`, and how many faults are left.
+fn checked(rig: &Rig, repair: Repair) -> (String, u64) {
+    let graph = Graph::from_path(rig.path("disk.qcow2"));
+    let options = OpenOptions::default();
+    let outcome = rig.block_on(check(&host(), &graph, &options, repair, &mut |_, _| ()));
+    let zones = outcome.unwrap().zones.unwrap();
+    (zones.messages.join("\n"), zones.errors)
+}
+
+/// Damages the last place in `disk.qcow2` where these bytes are.
+fn damage_last(rig: &Rig, wanted: &[u8]) {
+    let mut bytes = fs::read(rig.path("disk.qcow2")).unwrap();
+    let at = bytes
+        .windows(wanted.len())
+        .rposition(|found| found == wanted)
+        .expect("they are there");
+    bytes[at] ^= 1;
+    fs::write(rig.path("disk.qcow2"), bytes).unwrap();
+}
+
 #[test]
-fn a_damaged_extension_of_a_snapshot_is_noticed_and_never_lost_in_silence() {
+fn a_damaged_extension_of_a_snapshot_is_noticed_and_dropped_alone() {
     let rig = Rig::new();
     let device = qcow2(&rig, "disk.qcow2");
     attach(&rig, &device, Z2, b"in the snapshot").unwrap();
+    attach(&rig, &device, 3 * ZONE, b"beside it").unwrap();
+    rig.write(&device, Z1, &pattern(1, BLOCK as usize));
     rig.block_on(device.snapshot_create("then")).unwrap();
+    rig.op(&device, ZoneOp::Reset, Z1).unwrap();
     rig.close(device);
-    let mut bytes = fs::read(rig.path("disk.qcow2")).unwrap();
-    // The image's own first, then the snapshot's.
-    let found = |bytes: &[u8], from: usize| {
-        let rest = bytes[from..].windows(6).position(|six| six == b"in the");
-        rest.map(|at| from + at)
-    };
-    let own = found(&bytes, 0).unwrap();
-    let copy = found(&bytes, own + 1).unwrap();
-    bytes[copy] ^= 1;
-    fs::write(rig.path("disk.qcow2"), bytes).unwrap();
-    let graph = Graph::from_path(rig.path("disk.qcow2"));
-    let options = OpenOptions::default();
-    let checked = rig.block_on(check(&host(), &graph, &options, Repair::None, &mut |_, _| ()));
-    let said = checked.unwrap().zones.unwrap().messages.join("\n");
+    // The image's own lies before the snapshot's.
+    damage_last(&rig, b"in the");
+    let (said, errors) = checked(&rig, Repair::None);
     assert!(
-        said.contains("snapshot 1 cannot be used: the descriptor extension of zone 2 is damaged"),
+        errors == 1 && said.contains("snapshot 1: the descriptor extension of zone 2 is damaged"),
         "{said}"
     );
     let device = rig.open("disk.qcow2");
@@ -70,6 +82,81 @@ fn a_damaged_extension_of_a_snapshot_is_noticed_and_never_lost_in_silence() {
     );
     assert_eq!(extension(&rig, &device, Z2), Some(whole(b"in the snapshot")));
     rig.close(device);
+
+    let (said, errors) = checked(&rig, Repair::All);
+    assert!(
+        errors == 0 && said.contains("snapshot 1, zone 2: its descriptor extension is damaged and dropped"),
+        "{said}"
+    );
+    assert_eq!(checked(&rig, Repair::None), (String::new(), 0));
+    let device = rig.open("disk.qcow2");
+    assert_eq!(
+        extension(&rig, &device, Z2),
+        Some(whole(b"in the snapshot")),
+        "the image has its own still"
+    );
+    rig.block_on(device.snapshot_apply("then")).unwrap();
+    rig.close(device);
+    let device = rig.open("disk.qcow2");
+    assert_eq!(extension(&rig, &device, Z2), None);
+    assert_eq!(zone(&rig, &device, Z2).condition, Condition::Empty);
+    assert_eq!(extension(&rig, &device, 3 * ZONE), Some(whole(b"beside it")));
+    assert_eq!(rig.read(&device, Z1, BLOCK as usize), pattern(1, BLOCK as usize));
+    rig.close(device);
+}
+
+#[test]
+fn a_lost_copy_of_the_table_takes_no_area_or_extension_along_and_two_of_them_say_so() {
+    let rig = Rig::new();
+    let device = qcow2(&rig, "disk.qcow2");
+    rig.op(&device, ZoneOp::OpenZrwa, Z1).unwrap();
+    attach(&rig, &device, Z2, b"in both copies").unwrap();
+    rig.write(&device, Z1 + AREA, &pattern(1, 2 * BLOCK as usize));
+    rig.close(device);
+    lose_newest(&rig, 1);
+    let (said, errors) = checked(&rig, Repair::None);
+    assert!(errors > 0 && said.contains("newest state"), "{said}");
+    let (said, errors) = checked(&rig, Repair::All);
+    assert!(errors == 0 && !said.contains("zone 2"), "{said}");
+    let device = rig.open("disk.qcow2");
+    assert_eq!(extension(&rig, &device, Z2), Some(whole(b"in both copies")));
+    let area = zone(&rig, &device, Z1);
+    assert_eq!((area.wp, area.attributes.zrwa), (Z1 + 2 * BLOCK, true));
+    assert_eq!(
+        rig.read(&device, Z1 + AREA, 2 * BLOCK as usize),
+        pattern(1, 2 * BLOCK as usize)
+    );
+    rig.close(device);
+
+    lose_newest(&rig, 2);
+    let (said, errors) = checked(&rig, Repair::All);
+    assert_eq!(errors, 0, "{said}");
+    for told in [
+        "where no copy of a block is left all counters, descriptor extensions, random write areas",
+        "zone 2: it has lost its descriptor extension",
+        "zone 1: its write pointer is taken from the bare table",
+    ] {
+        assert!(said.contains(told), "{told}: {said}");
+    }
+    let device = rig.open("disk.qcow2");
+    assert_eq!(extension(&rig, &device, Z2), None);
+    assert!(!zone(&rig, &device, Z1).attributes.zrwa);
+    rig.close(device);
+}
+
+/// Makes zeros of the newest copies of the only block of the table in `disk.qcow2`.
+fn lose_newest(rig: &Rig, copies: usize) {
+    let mut bytes = fs::read(rig.path("disk.qcow2")).unwrap();
+    let magic = zbdkit_spec::sidecar::BLOCK_MAGIC;
+    for _ in 0..copies {
+        let all = (0..bytes.len())
+            .step_by(4096)
+            .filter(|at| bytes[*at..].starts_with(&magic));
+        let generation = |at: &usize| u64::from_le_bytes(bytes[at + 8..at + 16].try_into().unwrap());
+        let newest = all.max_by_key(generation).expect("a table");
+        bytes[newest..newest + 4096].fill(0);
+    }
+    fs::write(rig.path("disk.qcow2"), bytes).unwrap();
 }
 
 #[test]

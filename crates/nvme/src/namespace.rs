@@ -8,6 +8,7 @@ use zbdkit_block::{CrossZone, Device, Error, Lane, ZoneOp};
 use zbdkit_io::{IoBuf, yield_now};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::{Csi, MIN_PAGE_BYTES};
+use zbdkit_spec::nvme::zns::{ReportHeader, ZoneDescriptor};
 use zbdkit_zone::{Model, Zrwa};
 
 use crate::command::Blocks;
@@ -141,6 +142,15 @@ impl Namespace {
     /// Size in logical blocks.
     pub fn blocks(&self) -> u64 {
         self.size >> self.shift
+    }
+
+    /// Bytes that one command must be able to transfer, at least (MDTS): a report of one zone with its descriptor extension
+    /// (ZNS 1.2, Extended Report Zones), which is longer than the extension alone. 0 without extensions.
+    pub fn least_transfer(&self) -> u64 {
+        match self.zones.map_or(0, |zones| zones.extension_size) {
+            0 => 0,
+            size => size_of::<ReportHeader>() as u64 + size_of::<ZoneDescriptor>() as u64 + u64::from(size),
+        }
     }
 
     /// Its zones, if it is zoned.

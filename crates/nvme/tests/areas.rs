@@ -281,7 +281,7 @@ fn an_extension_takes_an_active_zone_and_a_zones_first_block() {
 }
 
 #[test]
-fn an_extension_may_come_with_an_area_and_stays_where_there_is_none() {
+fn an_extension_may_come_with_an_area_both_or_neither() {
     let host = Host::with_areas();
     let option = SendCdw13::new().with_zsaso(true);
     let both = |zone: u64| {
@@ -294,12 +294,12 @@ fn an_extension_may_come_with_an_area_and_stays_where_there_is_none() {
         assert!(attributes(&host, zone).zrwav() && attributes(&host, zone).zdev());
     }
     assert_eq!(both(2), Status::ZRWA_RESOURCES_UNAVAILABLE);
-    // Nothing is taken back: somebody may have written to the zone meanwhile.
-    let without_area = Attributes::new().with_zdev(true);
     assert_eq!(
         (host.state(2).0, attributes(&host, 2)),
-        (ZoneState::CLOSED, without_area)
+        (ZoneState::EMPTY, Attributes::new())
     );
+    let (_, zones) = extended(&host, 2 * ZONE, 64 + 64 + EXTENSION, true);
+    assert!(zones[0].1 == [0; EXTENSION]);
     assert_eq!(host.write(ZONED_NSID, 40, 8), Status::SUCCESS);
     host.must_work();
 }

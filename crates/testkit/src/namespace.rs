@@ -361,6 +361,13 @@ impl State {
         }
     }
 
+    fn area_left(&self) -> Result<(), Status> {
+        match self.zones.iter().filter(|zone| zone.zrwa).count() as u32 {
+            AREAS => Err(Status::ZRWA_RESOURCES_UNAVAILABLE),
+            _ => Ok(()),
+        }
+    }
+
     /// Opens the zone if it is not; closes another one that was opened by a write if need be.
     fn take_open(&mut self, zone: usize, state: ZoneState) -> Result<(), Status> {
         let open = [ZoneState::IMPLICITLY_OPENED, ZoneState::EXPLICITLY_OPENED];
@@ -408,9 +415,7 @@ impl State {
                     if open {
                         return Err(Status::INVALID_ZONE_OPERATION);
                     }
-                    if self.zones.iter().filter(|zone| zone.zrwa).count() == AREAS as usize {
-                        return Err(Status::ZRWA_RESOURCES_UNAVAILABLE);
-                    }
+                    self.area_left()?;
                 }
                 self.take_open(zone, ZoneState::EXPLICITLY_OPENED)?;
                 self.zones[zone].zrwa |= cdw13.zsaso();
@@ -428,6 +433,10 @@ impl State {
             SendAction::SET_DESCRIPTOR_EXTENSION if state == ZoneState::EMPTY => {
                 assert_eq!(buf.len(), EXTENSION);
                 self.take_active()?;
+                if cdw13.zsaso() {
+                    self.area_left()?;
+                }
+                self.zones[zone].zrwa = cdw13.zsaso();
                 self.zones[zone].extension = Some(buf.to_vec());
                 self.zones[zone].state = ZoneState::CLOSED;
             }

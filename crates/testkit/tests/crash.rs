@@ -108,6 +108,18 @@ fn host_aware_zones_keep_the_contract_without_mappings_and_with_syncs() {
 }
 
 #[test]
+fn an_overwrite_that_another_write_overtook_survives_a_kill() {
+    let few = Mix {
+        zones: 1,
+        ..Mix::DATA
+    };
+    let mut case = case("aware-overtaken", host_aware(), few);
+    case.crash = Some(Crash::Kill);
+    case.plan.requests = 8;
+    hold(case, 16);
+}
+
+#[test]
 fn what_a_power_cut_left_above_a_pointer_never_shows() {
     let few = Mix {
         flush: 4,

@@ -66,7 +66,9 @@ fn attach(device: &Device, zone: u64, tag: u8) -> Request {
     let device = device.clone();
     Box::pin(async move {
         let lane = device.lane(1);
-        device.set_extension(&lane, zone * ZONE, &[tag; 1024]).await
+        device
+            .set_extension(&lane, zone * ZONE, &[tag; 1024], false)
+            .await
     })
 }
 

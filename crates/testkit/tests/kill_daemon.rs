@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use zbdkit_testkit::kill::{Contract, Format, Options, run};
+use zbdkit_testkit::kill::{Contract, Door, Format, Options, run};
 
 /// The daemon, or `None` with a note.
 fn program() -> Option<PathBuf> {
@@ -24,12 +24,25 @@ fn program() -> Option<PathBuf> {
 }
 
 fn rounds(format: Format, run_state: &str, contract: Contract) {
+    let create =
+        "--size 20M --zone-size 1M --zone-capacity 960K --conventional 2 --max-open 6 --max-active 12";
+    rounds_by(Door::VhostUserBlk, create, format, run_state, contract);
+}
+
+fn nvme_rounds(format: Format, run_state: &str, contract: Contract) {
+    let create = "--size 20M --zone-size 1M --zone-capacity 960K --max-open 8 --max-active 14 --zrwa-size 64K \
+                  --zrwa-granularity 16K --max-zrwa 2";
+    rounds_by(Door::Nvme, create, format, run_state, contract);
+}
+
+fn rounds_by(door: Door, create: &str, format: Format, run_state: &str, contract: Contract) {
     let Some(zbdkit) = program() else { return };
     let dir = tempfile::tempdir().unwrap();
     let options = Options {
         zbdkit,
         dir: dir.path().to_owned(),
         format,
+        door,
         rounds: 6,
         seed: 42,
         queues: 2,
@@ -37,11 +50,7 @@ fn rounds(format: Format, run_state: &str, contract: Contract) {
         direct: false,
         contract,
         max_acks: 1500,
-        create:
-            "--size 20M --zone-size 1M --zone-capacity 960K --conventional 2 --max-open 6 --max-active 12"
-                .split(' ')
-                .map(OsString::from)
-                .collect(),
+        create: create.split_whitespace().map(OsString::from).collect(),
         serve: Vec::new(),
         max_failures: 1,
     };
@@ -70,4 +79,15 @@ fn acknowledged_writes_to_qcow2_survive_a_kill_and_nothing_is_corrupt() {
 fn flushed_writes_survive_a_kill_without_a_run_state() {
     rounds(Format::Raw, "none", Contract::Flushed);
     rounds(Format::Qcow2, "none", Contract::Flushed);
+}
+
+#[test]
+fn over_nvme_acknowledged_writes_survive_a_kill_in_random_write_areas_too() {
+    nvme_rounds(Format::Raw, "beside", Contract::Acknowledged);
+    nvme_rounds(Format::Qcow2, "beside", Contract::Acknowledged);
+}
+
+#[test]
+fn over_nvme_flushed_writes_survive_a_kill_without_a_run_state() {
+    nvme_rounds(Format::Raw, "none", Contract::Flushed);
 }

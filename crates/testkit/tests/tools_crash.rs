@@ -90,7 +90,10 @@ async fn op(device: &Device, zone: u64, op: ZoneOp) {
 
 async fn attach(device: &Device, zone: u64, tag: u8) {
     let (lane, bytes) = (device.lane(1), [tag; 640]);
-    device.set_extension(&lane, zone * ZONE, &bytes).await.unwrap();
+    device
+        .set_extension(&lane, zone * ZONE, &bytes, false)
+        .await
+        .unwrap();
 }
 
 /// A base with zones in several conditions, another one that has some of it differently, and an overlay over the first

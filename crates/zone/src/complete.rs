@@ -17,11 +17,10 @@ impl Engine {
         let result = result.map_err(errno);
         let completion = match permit.order {
             Order::Required { slot } => self.complete_ordered(permit.zone, slot, result, events),
-            // Another write may have moved the pointer just now so far that this one lies in the area.
-            Order::Window { pointer } => self.complete_unordered(&permit, pointer, true, result, events),
+            Order::Window { pointer } => self.complete_unordered(&permit, pointer, result, events),
             Order::Preferred { .. } => {
                 let end = permit.offset - self.geometry.start(permit.zone) + permit.len;
-                self.complete_unordered(&permit, end, false, result, events)
+                self.complete_unordered(&permit, end, result, events)
             }
             Order::Conventional { last } => self.complete_conventional(&permit, last, result, events),
         };
@@ -196,21 +195,18 @@ impl Engine {
         }
     }
 
-    /// `end`: where the zone's written end is at least, once this is written. `depends`: the write can be read only if the
-    /// run state has that end, even if it was another one that moved it.
+    /// `end`: where the zone's written end is at least, once this is written.
     fn complete_unordered(
         &self,
         permit: &WritePermit,
         end: u64,
-        depends: bool,
         result: Result<(), i32>,
         events: &impl Events,
     ) -> Completion {
         let zone = permit.zone;
         let mut z = self.lock(zone);
         z.outstanding -= 1;
-        let advanced = result.is_ok() && end > z.done;
-        if advanced {
+        if result.is_ok() && end > z.done {
             self.grow(&mut z, end, permit.len, events);
         } else if result.is_ok() {
             z.bytes_written = z.bytes_written.saturating_add(permit.len);
@@ -225,7 +221,9 @@ impl Engine {
             self.end_failed(z, 1, events);
             return Completion::Failed(errno);
         }
-        Completion::Prefix(self.unordered(zone, zone, z.done, advanced || depends))
+        // Another write may have moved the pointer over this one just now, and its end may be on its way to the run state still:
+        // without it this one would not be read.
+        Completion::Prefix(self.unordered(zone, zone, z.done, true))
     }
 
     fn complete_conventional(

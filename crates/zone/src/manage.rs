@@ -115,7 +115,7 @@ impl Engine {
                 return Ok(None);
             }
             ExclusiveOp::OpenZrwa => self.reserve_area(zone, condition)?,
-            ExclusiveOp::SetExtension { .. } => self.reserve_closed(zone, condition)?,
+            ExclusiveOp::SetExtension { zrwa, .. } => self.reserve_closed(zone, condition, zrwa)?,
             ExclusiveOp::Recommend(what) => recommendable(zone, condition, what)?,
             _ => {}
         }
@@ -179,13 +179,12 @@ impl Engine {
         let mut z = self.lock(zone);
         assert_eq!(z.refs, 0, "zone {zone} has requests in flight");
         let record = self.after(permit.op, &z);
+        if permit.op.allocates() {
+            // Its area was counted when it was reserved.
+            z.set(ZRWA);
+        }
         let condition = match permit.op {
-            // Its area was counted when it was reserved, and the zone opened.
-            ExclusiveOp::OpenZrwa => {
-                z.set(ZRWA);
-                None
-            }
-            ExclusiveOp::Recommend(_) => None,
+            ExclusiveOp::OpenZrwa | ExclusiveOp::Recommend(_) => None,
             _ => Some(self.at_rest(zone, &record)),
         };
         self.take_over(&mut z, &record, condition);
@@ -248,10 +247,12 @@ impl Engine {
         let mut z = self.lock(permit.zone);
         match permit.op {
             ExclusiveOp::OpenZrwa => self.return_area(&mut z, permit.before),
-            ExclusiveOp::SetExtension { .. } => {
-                self.accounting
-                    .change(&self.zones)
-                    .set(permit.zone, permit.before);
+            ExclusiveOp::SetExtension { zrwa, .. } => {
+                let mut change = self.accounting.change(&self.zones);
+                change.set(permit.zone, permit.before);
+                if zrwa {
+                    change.release_area();
+                }
             }
             _ => {}
         }
@@ -279,7 +280,10 @@ impl Engine {
                 record.counters.finishes = record.counters.finishes.saturating_add(1);
             }
             ExclusiveOp::OpenZrwa => record.zrwa = true,
-            ExclusiveOp::SetExtension { checksum } => record.extension = Some(checksum),
+            ExclusiveOp::SetExtension { checksum, zrwa } => {
+                record.extension = Some(checksum);
+                record.zrwa |= zrwa;
+            }
             ExclusiveOp::Recommend(what) => record.recommended = what,
             ExclusiveOp::SetReadOnly => (record.read_only, record.offline) = (true, false),
             ExclusiveOp::SetOffline => (record.read_only, record.offline) = (false, true),
@@ -288,13 +292,20 @@ impl Engine {
         record
     }
 
-    /// Takes the resources of a zone that gets a descriptor extension.
-    fn reserve_closed(&self, zone: ZoneNo, condition: Condition) -> Result<(), ZoneError> {
+    /// Takes the resources of a zone that gets a descriptor extension, and maybe a random write area.
+    fn reserve_closed(&self, zone: ZoneNo, condition: Condition, zrwa: bool) -> Result<(), ZoneError> {
         if condition != Condition::Empty || self.geometry.extension_size() == 0 {
             return Err(ZoneError::InvalidTransition { zone, condition });
         }
+        if zrwa && self.geometry.zrwa().is_none() {
+            return Err(ZoneError::NoRandomWriteArea { zone });
+        }
         let mut change = self.accounting.change(&self.zones);
         change.active_available(condition)?;
+        if zrwa {
+            change.area_available(zone)?;
+            change.take_area();
+        }
         change.set(zone, Condition::Closed);
         Ok(())
     }

@@ -222,8 +222,8 @@ impl Prefix {
     }
 
     /// Whether the written end moved, or may have been moved over this write by another one that is not acknowledged yet
-    /// (in a random write area). If not (conventional zones, overwrites in sequential-preferred ones)
-    /// there is nothing to make durable before acknowledging.
+    /// (in a random write area and in sequential-preferred zones). If not (conventional zones) there is nothing to make
+    /// durable before acknowledging.
     pub fn advanced(&self) -> bool {
         self.advanced
     }

@@ -272,10 +272,12 @@ pub enum ExclusiveOp {
     /// The zone is opened explicitly and gets a random write area, which it has until it is full, finished or reset. One that
     /// has an area is opened and keeps it.
     OpenZrwa,
-    /// The empty zone gets a descriptor extension with this checksum and is closed (ZNS 1.2, 5.3). Only a reset takes it away.
+    /// The empty zone gets a descriptor extension and is closed (ZNS 1.2, 5.3). Only a reset takes it away.
     SetExtension {
         /// See [`ZoneRecord::extension`].
         checksum: u32,
+        /// The zone gets a random write area as well, as by [`ExclusiveOp::OpenZrwa`]; both or neither.
+        zrwa: bool,
     },
     /// The device would have the host do this. A recommendation to finish goes when the zone is full, any with a reset.
     Recommend(Option<Recommendation>),
@@ -291,5 +293,11 @@ impl ExclusiveOp {
     /// Whether it makes the zone full.
     pub fn is_finish(self) -> bool {
         matches!(self, Self::Finish | Self::FinishUnlimited | Self::FinishByDevice)
+    }
+
+    /// Whether the zone gets a random write area by it: what its child holds above the pointer must read as zeros before
+    /// that is recorded.
+    pub fn allocates(self) -> bool {
+        matches!(self, Self::OpenZrwa | Self::SetExtension { zrwa: true, .. })
     }
 }

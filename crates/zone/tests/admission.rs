@@ -406,17 +406,21 @@ fn sequential_preferred_zones_take_writes_anywhere() {
             gap.map(|(from, to)| start + from * BLOCK..start + to * BLOCK)
         );
         let prefix = d.done(permit);
-        let advanced = prefix.advanced();
+        assert!(
+            prefix.advanced(),
+            "it may have been another write that moved the pointer over this one"
+        );
         d.acknowledge(prefix);
-        advanced
     };
-    assert!(write(&mut d, 2, 1, Some((0, 2))));
-    assert!(!write(&mut d, 0, 2, None), "below the pointer");
-    assert!(write(&mut d, 2, 2, None), "across the pointer");
+    write(&mut d, 2, 1, Some((0, 2)));
+    // Below the pointer, then across it.
+    write(&mut d, 0, 2, None);
+    write(&mut d, 2, 2, None);
     assert_eq!((d.written(Z2), d.condition(Z2)), (4, Condition::ImplicitlyOpen));
-    assert!(write(&mut d, 5, 1, Some((4, 5))));
+    write(&mut d, 5, 1, Some((4, 5)));
     assert_eq!(d.condition(Z2), Condition::Full);
-    assert!(!write(&mut d, 0, 6, None), "a full zone can be overwritten");
+    // A full zone can be overwritten.
+    write(&mut d, 0, 6, None);
     assert_eq!(d.condition(Z2), Condition::Full);
     let error = d.write_error(start + 5 * BLOCK, 2 * BLOCK);
     assert!(matches!(error, ZoneError::ExceedsCapacity { .. }), "{error}");

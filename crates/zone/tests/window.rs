@@ -35,6 +35,16 @@ fn coarse(spec: &mut GeometrySpec) {
     });
 }
 
+/// A descriptor extension, and one that comes with an area.
+const EXTENSION: ExclusiveOp = ExclusiveOp::SetExtension {
+    checksum: 7,
+    zrwa: false,
+};
+const BOTH: ExclusiveOp = ExclusiveOp::SetExtension {
+    checksum: 7,
+    zrwa: true,
+};
+
 impl Device {
     /// A whole write of some blocks, so many above the zone's start.
     fn put(&mut self, zone: ZoneNo, at: u64, blocks: u64) {
@@ -331,7 +341,7 @@ fn an_area_takes_open_and_active_resources() {
         ZoneError::TooManyActive { limit: 2 }
     );
     assert_eq!(
-        d.begin_error(Z4, ExclusiveOp::SetExtension { checksum: 1 }),
+        d.begin_error(Z4, EXTENSION),
         ZoneError::TooManyActive { limit: 2 }
     );
 }
@@ -350,7 +360,7 @@ fn a_finish_keeps_what_was_in_the_area() {
 #[test]
 fn an_extension_closes_an_empty_zone_until_it_is_reset() {
     let mut d = Device::new(zns);
-    let set = ExclusiveOp::SetExtension { checksum: 7 };
+    let set = EXTENSION;
     assert!(d.operate(Z2, set));
     assert_eq!(
         (d.condition(Z2), d.engine.record(Z2).extension),
@@ -378,6 +388,48 @@ fn an_extension_closes_an_empty_zone_until_it_is_reset() {
     d.engine.abort(permit, &d.log);
     assert_eq!(d.condition(Z2), Empty);
     assert_eq!(d.engine.resources().active, 0);
+}
+
+#[test]
+fn an_extension_comes_with_an_area_or_not_at_all() {
+    let mut d = Device::new(|spec| {
+        zns(spec);
+        spec.max_active = 4;
+    });
+    assert!(d.operate(Z2, BOTH));
+    let record = d.engine.record(Z2);
+    assert_eq!((record.extension, record.zrwa), (Some(7), true));
+    assert_eq!((d.condition(Z2), d.positions(Z2)), (Closed, (0, 2)));
+    let reserved = d.engine.begin(Z3, BOTH).unwrap().unwrap();
+    let none = ZoneError::NoRandomWriteArea { zone: Z4 };
+    assert_eq!(d.begin_error(Z4, BOTH), none);
+    assert_eq!(
+        (d.condition(Z4), d.engine.resources().active),
+        (Empty, 2),
+        "nothing was taken"
+    );
+    d.engine.abort(reserved, &d.log);
+    assert_eq!((d.condition(Z3), d.engine.record(Z3).extension), (Empty, None));
+    assert!(d.operate(Z4, BOTH), "the area was given back, and once");
+    assert_eq!(d.begin_error(Z3, BOTH), ZoneError::NoRandomWriteArea { zone: Z3 });
+    d.put(Z2, 1, 1);
+    d.operate(Z2, ExclusiveOp::Reset);
+    d.write(Z2, 1);
+    assert!(matches!(
+        d.begin_error(Z2, BOTH),
+        ZoneError::InvalidTransition { .. }
+    ));
+    let mut d = Device::new(|spec| {
+        zns(spec);
+        spec.zns.zrwa = spec.zns.zrwa.map(|area| Zrwa { count: 1, ..area });
+        spec.max_active = 1;
+    });
+    d.write(Z3, 1);
+    assert_eq!(d.begin_error(Z2, BOTH), ZoneError::TooManyActive { limit: 1 });
+    d.operate(Z3, ExclusiveOp::Reset);
+    assert!(d.operate(Z2, BOTH), "the area was not taken in vain");
+    let d = Device::new(|spec| spec.zns.extension_size = 64);
+    assert_eq!(d.begin_error(Z2, BOTH), ZoneError::NoRandomWriteArea { zone: Z2 });
 }
 
 #[test]

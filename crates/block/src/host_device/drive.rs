@@ -68,7 +68,7 @@ pub trait Drive: Send + Sync {
     }
 
     /// See [`crate::Node::set_extension`].
-    fn set_extension<'a>(&'a self, _zone_start: u64, _extension: &'a [u8]) -> Request<'a, ()> {
+    fn set_extension<'a>(&'a self, _zone_start: u64, _extension: &'a [u8], _zrwa: bool) -> Request<'a, ()> {
         Box::pin(async { Err(Error::NotSupported("zone descriptor extensions")) })
     }
 

@@ -72,6 +72,8 @@ struct Line {
     busy: bool,
     /// Requests under way that took no turn ([`Line::goes_aside`]).
     aside: u32,
+    /// How many of those there ever were.
+    asides: u64,
     waiting: VecDeque<Entry>,
 }
 
@@ -192,6 +194,12 @@ impl Line {
         }
     }
 
+    /// Counts a request that takes no turn.
+    fn add_aside(&mut self) {
+        self.aside += 1;
+        self.asides += 1;
+    }
+
     /// The zone is as reported.
     fn learn(&mut self, info: &ZoneInfo) {
         self.wp = info.wp;
@@ -226,6 +234,7 @@ impl Lines {
                 known: true,
                 busy: false,
                 aside: 0,
+                asides: 0,
                 waiting: VecDeque::new(),
             }),
         });

@@ -240,11 +240,11 @@ impl HostDeviceNode {
         }
     }
 
-    async fn attach_extension(&self, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
+    async fn attach_extension(&self, zone_start: u64, extension: &[u8], zrwa: bool) -> Result<(), Error> {
         let zone = self.geometry.zone_at(zone_start)?;
         self.is_sequential(zone)?;
         let turn = self.lines.turn(zone).await;
-        let result = self.drive.set_extension(zone_start, extension).await;
+        let result = self.drive.set_extension(zone_start, extension, zrwa).await;
         turn.forget();
         match result {
             Err(Error::Io { op, errno }) => Err(self.reason(op, errno, zone, true).await),
@@ -416,8 +416,8 @@ impl Node for HostDeviceNode {
         Box::pin(self.commit(end))
     }
 
-    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
-        Box::pin(self.attach_extension(zone_start, extension))
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8], zrwa: bool) -> Request<'a, ()> {
+        Box::pin(self.attach_extension(zone_start, extension, zrwa))
     }
 
     fn extension<'a>(&'a self, zone_start: u64) -> Request<'a, Option<Vec<u8>>> {

@@ -4,15 +4,17 @@
 //! resort where the data of a zone ends. What was taken from where is said. Clusters of tables that are replaced are not
 //! freed here: who cannot be believed may name anybody's. The check that follows finds them leaked.
 
+mod snapshots;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use zbdkit_io::File;
-use zbdkit_qcow2::{Header, Qcow2, Snapshot, read_snapshots};
+use zbdkit_qcow2::{Header, Qcow2};
 use zbdkit_spec::qcow2::{AUTOCLEAR_ZONE_TABLE, INCOMPAT_ZONED, ZONED_MAX_ZONES};
-use zbdkit_zone::{Geometry, MAX_EXTENSION_SIZE, ZoneNo, ZoneRecord};
+use zbdkit_zone::{Geometry, MAX_EXTENSION_SIZE, ZoneRecord, Zrwa};
 
 use super::directory::Directory;
 use super::extension::{self, Draft, Zones};
@@ -20,12 +22,14 @@ use super::node::Qcow2Node;
 use super::ours::{self, Ours};
 use super::words;
 use super::zones::{self, Known};
-use crate::check::{ZoneCheck, data_end, tell};
+use crate::check::{ZoneCheck, data_end, drop_extensions, tell, tell_forgotten};
 use crate::host::Host;
 use crate::zoned::{
-    Finding, Mirror, Records, Salvaged, Slots, Table, TableError, bare_words, drop_damaged,
-    is_beyond_bare_tables, read_at, spec_of, table_size, zones_of,
+    Finding, Mirror, Records, Salvaged, Slots, Table, bare_words, is_beyond_bare_tables, read_at, spec_of,
+    table_size, zones_of,
 };
+
+use self::snapshots::Snapshots;
 
 /// Everything that can be known of an image's zones without believing any of it.
 pub struct Look {
@@ -40,10 +44,7 @@ pub struct Look {
     /// What the bare table says: the records of zones whose words make sense, and what is wrong with the others.
     bare: Option<(Records, BTreeMap<u32, String>)>,
     directory: Result<Directory, String>,
-    /// Ids of entries that are not usable, and why.
-    bad_entries: Vec<(String, String)>,
-    /// Ids of snapshots that have no entry.
-    missing: Vec<String>,
+    snapshots: Snapshots,
 }
 
 impl Look {
@@ -84,36 +85,15 @@ impl Look {
             area,
             bare,
             directory: Ok(Directory::default()),
-            bad_entries: Vec::new(),
-            missing: Vec::new(),
+            snapshots: Snapshots::default(),
         };
-        look.look_at_snapshots(file, header).await;
-        Some(look)
-    }
-
-    async fn look_at_snapshots(&mut self, file: &File, header: &Header) {
-        let Some(ours) = self.ours else { return };
-        self.directory = Directory::load(file, ours.snapshots).await;
-        let Ok(directory) = &self.directory else { return };
-        let snapshots: Vec<Snapshot> = read_snapshots(file, header).await.unwrap_or_default();
-        for entry in &directory.entries {
-            if !snapshots.iter().any(|snapshot| snapshot.id == entry.id) {
-                let why = "there is no such snapshot".to_owned();
-                self.bad_entries.push((entry.id.clone(), why));
-                continue;
+        if let Some(ours) = look.ours {
+            look.directory = Directory::load(file, ours.snapshots).await;
+            if let Ok(directory) = &look.directory {
+                look.snapshots = Snapshots::at(file, header, directory).await;
             }
-            let why = match entry.table.1 > table_size(ZONED_MAX_ZONES, MAX_EXTENSION_SIZE) {
-                true => Some("it is larger than it can be".to_owned()),
-                false => unusable(file, entry.table).await.map(|error| error.to_string()),
-            };
-            self.bad_entries.extend(why.map(|why| (entry.id.clone(), why)));
         }
-        let has_entry = |snapshot: &&Snapshot| directory.find(&snapshot.id).is_none();
-        self.missing = snapshots
-            .iter()
-            .filter(has_entry)
-            .map(|snapshot| snapshot.id.clone())
-            .collect();
+        Some(look)
     }
 
     /// The clusters that the format does not find itself.
@@ -162,16 +142,7 @@ impl Look {
         if let Err(error) = &self.directory {
             found.error(error.clone());
         }
-        for (id, why) in &self.bad_entries {
-            found.error(format!("the zone table of snapshot {id} cannot be used: {why}"));
-        }
-        if self.ours.is_some() {
-            for id in &self.missing {
-                found.say(format!(
-                    "the zones of snapshot {id} are not known: it cannot be applied"
-                ));
-            }
-        }
+        self.snapshots.report(&mut found);
         found
     }
 
@@ -251,7 +222,7 @@ impl Look {
         };
         extension::expressible(&known.geometry, image.cluster_size())?;
         let zones = self.mend_bare(image, &known, found).await?;
-        let ours = self.mend_directory(image, ours, found).await?;
+        let ours = self.mend_snapshots(image, ours, found).await?;
         let states = known.records.values().any(is_beyond_bare_tables);
         image
             .update_header(|header| {
@@ -277,7 +248,7 @@ impl Look {
         let header = *table.header();
         let spec = spec_of(&header).map_err(|model| format!("zone model {model} is not known"))?;
         let geometry = Geometry::new(spec).map_err(|e| e.to_string())?;
-        drop_damaged(&findings, &mut records);
+        drop_extensions("", &findings, &mut records, found);
         for finding in &findings {
             match finding {
                 Finding::Lost { index } => {
@@ -285,7 +256,11 @@ impl Look {
                         self.restore(&geometry, zone, &mut records, node, found).await?;
                     }
                 }
-                Finding::Outdated => self.bring_up_to_date(&geometry, &mut records, found),
+                Finding::Outdated => {
+                    let told = tell_forgotten(&table, found).await;
+                    told.map_err(|e| e.to_string())?;
+                    self.bring_up_to_date(&geometry, &mut records, found);
+                }
                 _ => {}
             }
         }
@@ -313,11 +288,21 @@ impl Look {
             if word(bare) != word(records) {
                 let written = bare.get(&zone.0).map_or(0, |record| record.written);
                 let record = records.entry(zone.0).or_default();
-                (record.written, record.finished, record.zrwa) = (written, false, false);
+                let had_area = record.zrwa;
+                // A reset is in both copies, so the zone was only written since, and keeps its area while it can have one.
+                let keeps = had_area && written > record.written && written < geometry.capacity(zone);
+                let fits = |area: Zrwa| written.is_multiple_of(area.granularity);
+                let zrwa = keeps && geometry.zrwa().is_some_and(fits);
+                (record.written, record.finished, record.zrwa) = (written, false, zrwa);
                 found.say(format!(
                     "zone {zone}: its write pointer is taken from the bare table, {:#x}",
                     geometry.start(zone) + written
                 ));
+                if had_area && !zrwa && written < geometry.capacity(zone) {
+                    found.say(format!(
+                        "zone {zone}: it has lost its random write area, with what was written in it above the write pointer"
+                    ));
+                }
             }
         }
     }
@@ -451,36 +436,6 @@ impl Look {
         };
         Ok(Zones::of(&known.geometry, place))
     }
-
-    /// A directory of the zone tables that can be used.
-    async fn mend_directory(&self, image: &Qcow2, ours: Ours, found: &mut ZoneCheck) -> Result<Ours, String> {
-        let mut directory = match &self.directory {
-            Ok(directory) if self.bad_entries.is_empty() => {
-                let keeps =
-                    Some(ours.uuid) == self.ours.map(|ours| ours.uuid) || directory.entries.is_empty();
-                return match keeps {
-                    true => Ok(ours),
-                    // A new area is another image's to the snapshots' tables.
-                    false => Ok(Ours {
-                        snapshots: (0, 0),
-                        ..ours
-                    }),
-                };
-            }
-            Ok(directory) => directory.clone(),
-            Err(_) => Directory::default(),
-        };
-        for (id, _) in &self.bad_entries {
-            directory = directory.without(id);
-        }
-        let bytes = directory.encode();
-        let snapshots = match bytes.is_empty() {
-            true => (0, 0),
-            false => zones::place(image, &bytes).await.map_err(|e| e.to_string())?,
-        };
-        found.say("what cannot be used is taken out of the directory of the snapshots' zone tables".into());
-        Ok(Ours { snapshots, ..ours })
-    }
 }
 
 /// Whether the zoned extension says something, with its feature bit or without.
@@ -488,23 +443,6 @@ pub fn zones_make_sense(header: &Header, file: &File) -> bool {
     let mut with_bit = header.clone();
     with_bit.incompatible |= INCOMPAT_ZONED;
     matches!(extension::zones(&with_bit, file.len().unwrap_or(0)), Ok(Some(_)))
-}
-
-/// Why a snapshot's zone table cannot be used, if it cannot.
-async fn unusable(file: &File, (offset, len): (u64, u64)) -> Option<TableError> {
-    let loaded = match Table::load(file.clone(), offset, len).await {
-        Ok(loaded) => loaded,
-        Err(error) => return Some(error),
-    };
-    let slots = Slots::of(&loaded.table)?;
-    for (zone, record) in &loaded.records {
-        if let Some(checksum) = record.extension
-            && let Err(error) = slots.checked(ZoneNo(*zone), checksum).await
-        {
-            return Some(error);
-        }
-    }
-    None
 }
 
 async fn salvage(file: &File, ours: &Ours, header: &Header) -> Result<Salvaged, String> {

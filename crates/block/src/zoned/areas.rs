@@ -49,11 +49,14 @@ impl ZonedNode {
     }
 
     /// As [`Node::set_extension`](crate::Node::set_extension).
-    pub(super) async fn attach(&self, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
+    pub(super) async fn attach(&self, zone_start: u64, extension: &[u8], zrwa: bool) -> Result<(), Error> {
         let geometry = self.engine.geometry();
         let (zone, size) = (geometry.zone_at(zone_start)?, geometry.extension_size());
         if size == 0 {
             return Err(Error::NotSupported("zone descriptor extensions"));
+        }
+        if zrwa && geometry.zrwa().is_none() {
+            return Err(Error::NotSupported("a zone random write area"));
         }
         let mut whole = extension.to_vec();
         whole.resize(size as usize, 0);
@@ -67,6 +70,7 @@ impl ZonedNode {
         self.check_epoch()?;
         let op = ExclusiveOp::SetExtension {
             checksum: checksum(&whole),
+            zrwa,
         };
         let Some(permit) = self.begin(zone, op).await? else {
             return Ok(());

@@ -268,8 +268,7 @@ impl ZonedNode {
         let errno = stored.as_ref().map(|_| ()).map_err(Error::errno);
         match self.engine.complete(permit, errno, &self.waiters) {
             Completion::Prefix(prefix) => {
-                // A pointer that another write moved over this one may still be on its way into the run state.
-                let safe = if prefix.advanced() || self.is_preferred(prefix.zone()) || self.syncs_writes() {
+                let safe = if prefix.advanced() || self.syncs_writes() {
                     self.publish(prefix.zone()).await
                 } else {
                     Ok(())
@@ -498,8 +497,8 @@ impl Node for ZonedNode {
         Box::pin(self.commit_area(end))
     }
 
-    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
-        Box::pin(self.attach(zone_start, extension))
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8], zrwa: bool) -> Request<'a, ()> {
+        Box::pin(self.attach(zone_start, extension, zrwa))
     }
 
     fn extension<'a>(&'a self, zone_start: u64) -> Request<'a, Option<Vec<u8>>> {

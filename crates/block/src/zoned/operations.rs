@@ -79,7 +79,7 @@ impl ZonedNode {
     }
 
     async fn make_durable(&self, records: &[(ZoneNo, ZoneRecord)], op: ExclusiveOp) -> Result<(), Error> {
-        if op == ExclusiveOp::OpenZrwa {
+        if op.allocates() {
             // The flush below syncs these zeros before it writes the record that lets them be read.
             for (zone, _) in records {
                 self.zero_above(*zone).await?;

@@ -164,24 +164,15 @@ impl Table {
 
     /// Reads and checks header and blocks of the table in the `actual` bytes at `base` of a file.
     pub async fn load(file: File, base: u64, actual: u64) -> Result<Loaded, TableError> {
-        let Salvaged {
-            table,
-            records,
-            findings,
-        } = Table::salvage(file, base, actual).await?;
-        let mut repaired = Vec::new();
-        for finding in findings {
-            match finding {
-                Finding::Lost { index } => return Err(table.damaged(index)),
-                Finding::Outdated => return Err(TableError::Outdated),
-                other => repaired.push(other.to_string()),
-            }
+        let salvaged = Table::salvage(file, base, actual).await?;
+        match salvaged.unusable() {
+            Some(error) => Err(error),
+            None => Ok(Loaded {
+                table: salvaged.table,
+                records: salvaged.records,
+                repaired: salvaged.findings.iter().map(Finding::to_string).collect(),
+            }),
         }
-        Ok(Loaded {
-            table,
-            records,
-            repaired,
-        })
     }
 
     /// Reads and checks the header alone of the table in the `actual` bytes at `base` of a file.
@@ -192,6 +183,11 @@ impl Table {
     /// The current header.
     pub fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// Whether some copy of the zone's block is there.
+    pub fn has_copy(&self, zone: u32) -> bool {
+        self.generations[(zone / ENTRIES_PER_BLOCK) as usize] != 0
     }
 
     /// Where the table begins in its file, bytes.

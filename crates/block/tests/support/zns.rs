@@ -67,7 +67,7 @@ pub fn commit(rig: &Rig, device: &Device, end: u64) -> Result<(), Error> {
 }
 
 pub fn attach(rig: &Rig, device: &Device, zone: u64, bytes: &[u8]) -> Result<(), Error> {
-    rig.block_on(device.set_extension(&device.lane(1), zone, bytes))
+    rig.block_on(device.set_extension(&device.lane(1), zone, bytes, false))
 }
 
 pub fn extension(rig: &Rig, device: &Device, zone: u64) -> Option<Vec<u8>> {

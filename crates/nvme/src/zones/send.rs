@@ -78,14 +78,8 @@ impl<T: Transfer> Request<'_, T> {
         let len = self.transfer_len(zones.extension_size.into())?;
         let data = self.data(Direction::HostToController, len).await?.to_vec();
         let device = &namespace.device;
-        let result = device.set_extension(lane, start, &data).await;
-        result.map_err(|error| failure(&error, Kind::Manage))?;
-        if with_zrwa {
-            // A zone that gets no area keeps its extension: a reset would take along what others have written meanwhile.
-            manage(device, lane, ZoneOp::OpenZrwa, start).await?;
-            manage(device, lane, CLOSE, start).await?;
-        }
-        Ok(0)
+        let result = device.set_extension(lane, start, &data, with_zrwa).await;
+        result.map(|()| 0).map_err(|error| failure(&error, Kind::Manage))
     }
 
     /// The action for all zones in the states that it is for.

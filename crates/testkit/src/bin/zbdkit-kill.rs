@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
-use zbdkit_testkit::kill::{Contract, Counts, End, Format, Options, Summary, run};
+use zbdkit_testkit::kill::{Contract, Counts, Door, End, Format, Options, Summary, run};
 
 /// Kill a serving zbdkit in mid-traffic, restart it, and check every acknowledged byte; again and again.
 ///
@@ -24,6 +24,9 @@ struct Args {
     /// The image's format; qcow2 is checked after each end of a daemon
     #[arg(long, value_enum, default_value = "qcow2")]
     format: FormatArg,
+    /// How the image is served: over nvme it has no conventional zones, and each queue writes to one with a random write area
+    #[arg(long, value_enum, default_value = "vhost-user-blk")]
+    door: DoorArg,
     /// Cluster size of a qcow2 image in bytes
     #[arg(long, default_value_t = 65536)]
     cluster_size: u64,
@@ -81,6 +84,12 @@ enum FormatArg {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DoorArg {
+    VhostUserBlk,
+    Nvme,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum RunState {
     Beside,
     Sync,
@@ -105,11 +114,15 @@ fn main() -> Result<ExitCode> {
     );
     let options = options(&args);
     println!(
-        "{} rounds on {}, seed {}, {} queues, run state {}, {}, in {}",
+        "{} rounds on {} over {}, seed {}, {} queues, run state {}, {}, in {}",
         options.rounds,
         match options.format {
             Format::Raw => "raw".to_owned(),
             Format::Qcow2 => format!("qcow2 with clusters of {}", args.cluster_size),
+        },
+        match options.door {
+            Door::VhostUserBlk => "vhost-user-blk",
+            Door::Nvme => "nvme",
         },
         options.seed,
         options.queues,
@@ -143,20 +156,28 @@ fn options(args: &Args) -> Options {
     };
     let words = |text: &str| text.split_whitespace().map(OsString::from).collect::<Vec<_>>();
     let queues = u64::from(args.queues);
+    let (door, with_areas) = match args.door {
+        DoorArg::VhostUserBlk => (Door::VhostUserBlk, 0),
+        DoorArg::Nvme => (Door::Nvme, 1),
+    };
     let mut create = Vec::new();
     for (name, value) in [
         ("--size", (args.zones * args.zone_size) << 10),
         ("--zone-size", args.zone_size << 10),
         ("--zone-capacity", args.zone_capacity << 10),
         ("--block-size", args.block_size.into()),
-        ("--conventional", 2),
         // Fewer open than there are zones in use: the least recently used one is closed now and then.
-        ("--max-open", 2 * queues + 2),
-        ("--max-active", 2 * queues + 8),
+        ("--max-open", (2 + with_areas) * queues + 2),
+        ("--max-active", (2 + with_areas) * queues + 8),
         ("--max-append", 128 << 10),
     ] {
         create.extend([name.into(), value.to_string().into()]);
     }
+    let more = match door {
+        Door::VhostUserBlk => "--conventional 2".to_owned(),
+        Door::Nvme => format!("--zrwa-size 128K --zrwa-granularity 16K --max-zrwa {queues}"),
+    };
+    create.extend(words(&more));
     let format = match args.format {
         FormatArg::Raw => Format::Raw,
         FormatArg::Qcow2 => Format::Qcow2,
@@ -169,6 +190,7 @@ fn options(args: &Args) -> Options {
         zbdkit: args.zbdkit.clone(),
         dir: args.dir.clone(),
         format,
+        door,
         rounds: args.rounds,
         seed: args.seed.unwrap_or_else(|| u64::from(std::process::id())),
         queues: args.queues,

@@ -125,6 +125,8 @@ pub enum Kind {
     Attach {
         /// Its stamp.
         id: u32,
+        /// And a random write area.
+        zrwa: bool,
     },
     /// The device recommends something.
     Recommend(Option<Recommendation>),
@@ -134,6 +136,11 @@ impl Kind {
     /// Whether it makes the zone full.
     pub fn is_finish(&self) -> bool {
         matches!(self, Kind::Finish | Kind::FinishByDevice)
+    }
+
+    /// Whether it gives the zone a random write area.
+    pub fn allocates(&self) -> bool {
+        matches!(self, Kind::OpenZrwa | Kind::Attach { zrwa: true, .. })
     }
 }
 
@@ -274,7 +281,7 @@ impl Oracle {
         if let Kind::Write { id, .. } = kind {
             self.writes.insert(id, self.ops.len());
         }
-        if let Kind::Write { id, .. } | Kind::Attach { id } = kind {
+        if let Kind::Write { id, .. } | Kind::Attach { id, .. } = kind {
             self.next_id = self.next_id.max(id + 1);
         }
         let counts = counts(device, zone);

@@ -281,8 +281,9 @@ impl Client {
             14..20 => {
                 let id = self.oracle.borrow().next_id();
                 let bytes = extension(id, &geometry);
-                let attached = self.device.set_extension(&self.lane, start, &bytes);
-                self.note(zone.0, Kind::Attach { id }, attached).await;
+                let zrwa = self.below(2) == 0;
+                let attached = self.device.set_extension(&self.lane, start, &bytes, zrwa);
+                self.note(zone.0, Kind::Attach { id, zrwa }, attached).await;
             }
             20 => {
                 self.manage(zone, ZoneOp::FinishByDevice, Kind::FinishByDevice)

@@ -5,8 +5,7 @@ use super::log::Outcome;
 use super::shared::{AppendZone, Hint, SECTOR, lock};
 use super::stamp::{Content, Stamp};
 use super::traffic::{Flight, Own, Purpose, Worker};
-use crate::client::zone::parse_report;
-use crate::client::{ClientError, Completion, Status, Zone, ZoneState};
+use crate::client::{Completion, Status, Zone, ZoneState};
 
 impl Worker<'_> {
     pub(super) fn completed(&mut self, completion: Completion) -> Result<(), String> {
@@ -73,6 +72,8 @@ impl Worker<'_> {
                 }
             }
             Flight::Finish { zone, entry } => self.shared.zone(zone).refuse(entry, false),
+            Flight::InArea(entry) => self.refused_in_area(entry),
+            Flight::AskArea => self.asked_area(None),
             Flight::Ask { .. }
             | Flight::Flush(_)
             | Flight::Read { .. }
@@ -159,12 +160,9 @@ impl Worker<'_> {
                 known_end,
                 resets,
             } => {
-                let report =
-                    parse_report(&completion.data).map_err(|error: ClientError| error.to_string())?;
-                let Some(report) = report.first() else {
-                    return Err(format!("no report of zone {zone}"));
-                };
-                let pointer = pointer(report, shared.geometry.block);
+                let report = self.queue.parse_report(&completion.data)?;
+                let report = report.ok_or_else(|| format!("no report of zone {zone}"))?;
+                let pointer = pointer(&report, shared.geometry.block);
                 if shared.zone(zone).resets == resets && pointer < u64::from(known_end) {
                     return Err(format!(
                         "{report:?}: the pointer of zone {zone} is at block {pointer}, but writes up to block {known_end} \
@@ -174,6 +172,13 @@ impl Worker<'_> {
                 self.answered(zone, purpose, report.state, pointer as u32)?;
             }
             Flight::OpenOrClose => {}
+            Flight::InArea(entry) => self.acknowledged_in_area(entry),
+            Flight::AskArea => {
+                let report = self.queue.parse_report(&completion.data)?;
+                let report = report.ok_or("no report of a zone with a random write area")?;
+                let at = pointer(&report, shared.geometry.block);
+                self.asked_area(Some((report.state, at as u32)));
+            }
         }
         Ok(())
     }

@@ -19,8 +19,8 @@ pub struct Program {
     pub zbdkit: PathBuf,
     /// Where the socket and its messages go.
     pub dir: PathBuf,
-    /// IMAGE as `zbdkit serve` takes it.
-    pub image: OsString,
+    /// How the image is served: the arguments before the socket.
+    pub served: Vec<OsString>,
     /// Further arguments.
     pub arguments: Vec<OsString>,
 }
@@ -47,8 +47,7 @@ impl Program {
         let messages = File::options().create(true).append(true).open(self.messages())?;
         let mut child = Command::new(&self.zbdkit)
             .arg("serve")
-            .arg(&self.image)
-            .arg("--vhost-user-blk")
+            .args(&self.served)
             .arg(self.socket())
             .args(&self.arguments)
             .stdin(Stdio::null())

@@ -1,12 +1,14 @@
 //! Kills a real daemon in mid-traffic, again and again, and judges what the image holds after each restart.
 //!
-//! Client threads, one a queue, keep many requests in flight and log what they submit and what is acknowledged
-//! ([`log`]). Every block that is written says which request wrote it ([`stamp`]), so that after a restart the
+//! Client threads, one a queue of virtio-blk or of an NVMe controller ([`Door`]), keep many requests in flight and log what
+//! they submit and what is acknowledged ([`log`]; of zones with random write areas [`area`]). Every block that is written says which request wrote it ([`stamp`]), so that after a restart the
 //! whole device can be read back and judged ([`judge`]) without a copy of the data. The next round goes on from
 //! there, on the same image. This is the contract's rule about process death on the real thing: a process, its
 //! files, and the kernel below; the crash device explores orders that no kill happens to hit.
 
 mod answers;
+pub mod area;
+mod channel;
 mod check;
 pub mod daemon;
 pub mod judge;
@@ -25,7 +27,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use rustix::process::Signal;
 
-use crate::client::{Client, Options as ClientOptions, Queue};
+use crate::client::{Client, Options as ClientOptions};
+use area::{AreaBase, judge_area};
+use channel::{Channel, Config};
 use daemon::{Daemon, Program};
 use judge::{Secured, judge, judge_conventional};
 use log::{Base, Time};
@@ -63,6 +67,16 @@ pub enum Format {
     Qcow2,
 }
 
+/// By which door the image is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Door {
+    /// virtio-blk over vhost-user.
+    VhostUserBlk,
+    /// An NVMe controller over vfio-user. Zones at the device's end, one a queue, are used with random write areas, where the
+    /// image has some.
+    Nvme,
+}
+
 /// What to run.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -72,6 +86,8 @@ pub struct Options {
     pub dir: PathBuf,
     /// Format of the image.
     pub format: Format,
+    /// How it is served.
+    pub door: Door,
     /// Rounds.
     pub rounds: u64,
     /// Decides everything but the races.
@@ -179,8 +195,10 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Summary>
 /// A daemon that is ready, with its client.
 struct Live {
     daemon: Daemon,
-    client: Client,
-    queues: Vec<Queue>,
+    /// Of virtio-blk; queues of NVMe have theirs themselves.
+    client: Option<Client>,
+    queues: Vec<Channel>,
+    config: Config,
 }
 
 /// An image, and what it must hold.
@@ -193,6 +211,7 @@ struct Bench<'a> {
     geometry: Geometry,
     conventional: Vec<Vec<Content>>,
     sequential: Vec<Base>,
+    areas: Vec<AreaBase>,
     live: Option<Live>,
     /// How long the daemon needs to be ready.
     opening: Duration,
@@ -225,15 +244,19 @@ impl<'a> Bench<'a> {
         );
         let mut arguments = vec![OsString::from("--queues"), options.queues.to_string().into()];
         arguments.extend(options.serve.iter().cloned());
+        let served = match options.door {
+            Door::VhostUserBlk => vec![graph, "--vhost-user-blk".into()],
+            Door::Nvme => vec!["--namespace".into(), graph, "--nvme".into()],
+        };
         let program = Program {
             zbdkit: options.zbdkit.clone(),
             dir,
-            image: graph.into(),
+            served: served.into_iter().map(OsString::from).collect(),
             arguments,
         };
         program.forget_messages()?;
-        let (mut live, opening) = Live::start(&program, options.queues)?;
-        let geometry = learn(&mut live.queues[0], live.client.config())?;
+        let (mut live, opening) = Live::start(&program, options)?;
+        let geometry = learn(&mut live.queues[0], &live.config)?;
         let zone_blocks = geometry.zone_blocks as usize;
         ensure!(geometry.max_append > 0, "the device has no appends");
         Ok(Bench {
@@ -242,7 +265,11 @@ impl<'a> Bench<'a> {
             program,
             geometry,
             conventional: vec![vec![Content::Zeros; zone_blocks]; geometry.conventional as usize],
-            sequential: vec![Base::default(); (geometry.zones - geometry.conventional) as usize],
+            sequential: vec![Base::default(); (geometry.first_area() - geometry.conventional) as usize],
+            areas: vec![
+                AreaBase::empty(geometry.capacity);
+                (geometry.zones - geometry.first_area()) as usize
+            ],
             live: Some(live),
             opening,
             options,
@@ -253,7 +280,12 @@ impl<'a> Bench<'a> {
 
     fn plan(&self, round: u64) -> Plan {
         let longest = MAX_DATA as u32 / self.geometry.block;
-        Plan::new(&self.seed, round, self.options.max_acks, longest)
+        let mut plan = Plan::new(&self.seed, round, self.options.max_acks, longest);
+        if self.geometry.areas.is_some() {
+            // Zones with random write areas are reset by their queues alone.
+            plan.weights[Plan::RESET_ALL] = 0;
+        }
+        plan
     }
 
     /// Traffic, an end, a restart, and the judgement.
@@ -272,12 +304,13 @@ impl<'a> Bench<'a> {
             self.image,
             &self.conventional,
             &self.sequential,
+            &self.areas,
             &end,
         );
         let mut workers: Vec<_> = std::mem::take(&mut live.queues)
             .into_iter()
-            .zip(100..)
-            .map(|(queue, n)| Worker::new(&shared, queue, rng.fork(n)))
+            .enumerate()
+            .map(|(n, queue)| Worker::new(&shared, queue, n, rng.fork(100 + n as u64)))
             .collect();
         traffic(&shared, &mut workers, &daemon)?;
         if plan.end == End::KillIdle || shared.broken().is_some() {
@@ -288,7 +321,7 @@ impl<'a> Bench<'a> {
         for worker in &mut workers {
             counts.add(&worker.drain());
         }
-        drop(live.client);
+        drop((workers, live.client));
         if let Some(what) = shared.broken() {
             return Err(anyhow!("{what}\n{}", self.program.tail()));
         }
@@ -313,10 +346,10 @@ impl<'a> Bench<'a> {
             self.check(false, &mut rng, summary)?;
         }
         summary.interrupted += interrupted;
-        let (mut live, opening) = Live::start(&self.program, self.options.queues)?;
+        let (mut live, opening) = Live::start(&self.program, self.options)?;
         self.opening = opening;
         self.said(clean)?;
-        let (queues, whole) = read_all(live.queues, live.client.config(), &self.geometry, self.image)?;
+        let (queues, whole) = read_all(live.queues, &live.config, &self.geometry, self.image)?;
         live.queues = queues;
         self.live = Some(live);
         let secured = match self.options.contract {
@@ -362,7 +395,7 @@ impl<'a> Bench<'a> {
                     daemon.kill()?;
                 }
                 1 => {
-                    let (live, _) = Live::start(&self.program, self.options.queues)?;
+                    let (live, _) = Live::start(&self.program, self.options)?;
                     live.daemon.kill()?;
                 }
                 _ => {
@@ -425,6 +458,24 @@ impl<'a> Bench<'a> {
                 Err(what) => wrong.push(format!("zone {}: {what}", log.zone)),
             }
         }
+        if let Some(areas) = &self.geometry.areas {
+            let found = whole
+                .sequential
+                .iter()
+                .zip(&whole.areas)
+                .skip(self.sequential.len());
+            for ((log, (found, area)), base) in shared.areas.iter().zip(found).zip(&mut self.areas) {
+                let log = lock(log);
+                match judge_area(&log, areas, secured, found, *area) {
+                    Ok(verdict) => {
+                        counts.kept += u64::from(verdict.acknowledged);
+                        counts.kept_unacknowledged += u64::from(verdict.unacknowledged);
+                        *base = verdict.base;
+                    }
+                    Err(what) => wrong.push(format!("zone {} with an area: {what}", log.zone)),
+                }
+            }
+        }
         counts.verified += whole.bytes;
         self.conventional = whole.conventional;
         match wrong.as_slice() {
@@ -459,29 +510,52 @@ impl<'a> Bench<'a> {
 }
 
 impl Live {
-    fn start(program: &Program, queues: u16) -> Result<(Self, Duration)> {
+    fn start(program: &Program, options: &Options) -> Result<(Self, Duration)> {
         let (daemon, opening) = program.start_ready()?;
-        let options = ClientOptions {
-            queues,
-            queue_size: 256,
-            slots: SLOTS,
-            max_data: MAX_DATA,
-            scratch: 4096,
-            patience: Duration::from_secs(30),
-            ..ClientOptions::default()
+        let (client, queues, config) = match options.door {
+            Door::VhostUserBlk => {
+                let (client, queues, config) = connect(program, options.queues)?;
+                (Some(client), queues, config)
+            }
+            Door::Nvme => {
+                let (queues, config) = channel::connect(&program.socket(), options.queues)?;
+                (None, queues, config)
+            }
         };
-        let mut client = Client::connect(&program.socket(), &options)
-            .with_context(|| format!("connecting to {}", program.socket().display()))?;
-        let queues = client.take_queues();
-        Ok((
-            Live {
-                daemon,
-                client,
-                queues,
-            },
-            opening,
-        ))
+        let live = Live {
+            daemon,
+            client,
+            queues,
+            config,
+        };
+        Ok((live, opening))
     }
+}
+
+/// A virtio driver with so many queues.
+fn connect(program: &Program, queues: u16) -> Result<(Client, Vec<Channel>, Config)> {
+    let options = ClientOptions {
+        queues,
+        queue_size: 256,
+        slots: SLOTS,
+        max_data: MAX_DATA,
+        scratch: 4096,
+        patience: Duration::from_secs(30),
+        ..ClientOptions::default()
+    };
+    let mut client = Client::connect(&program.socket(), &options)
+        .with_context(|| format!("connecting to {}", program.socket().display()))?;
+    let queues = client.take_queues().into_iter();
+    let queues = queues.map(|queue| Channel::Virtio(Box::new(queue))).collect();
+    let config = client.config();
+    let config = Config {
+        capacity: config.capacity,
+        zone_sectors: config.zone_sectors,
+        max_append_sectors: config.max_append_sectors,
+        blk_size: config.blk_size,
+        areas: None,
+    };
+    Ok((client, queues, config))
 }
 
 /// Runs all workers to the round's end.

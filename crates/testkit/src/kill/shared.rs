@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use super::area::{AreaBase, AreaEntry, AreaLog, AreaOp, Areas};
+use super::channel::Config;
 use super::log::{Base, ConventionalLog, Entry, Op, Outcome, Time, ZoneLog};
 use super::rng::Rng;
 use super::stamp::{ANYWHERE, Content, first_id};
-use crate::client::BlkConfig;
 
 /// Sectors of virtio-blk.
 pub const SECTOR: u64 = 512;
@@ -28,11 +29,13 @@ pub struct Geometry {
     pub conventional: u32,
     /// Most blocks of an append.
     pub max_append: u32,
+    /// Zones that are used with a random write area, the last ones.
+    pub areas: Option<Areas>,
 }
 
 impl Geometry {
     /// From the device's configuration; `capacity` and `conventional` are in its report.
-    pub fn new(config: &BlkConfig, capacity: u64, conventional: u32) -> Option<Self> {
+    pub fn new(config: &Config, capacity: u64, conventional: u32) -> Option<Self> {
         let block = config.blk_size;
         let blocks = |sectors: u64| u32::try_from(sectors.checked_mul(SECTOR)? / u64::from(block)).ok();
         if block == 0 || config.zone_sectors == 0 {
@@ -45,7 +48,13 @@ impl Geometry {
             zones: u32::try_from(config.capacity / u64::from(config.zone_sectors)).ok()?,
             conventional,
             max_append: blocks(config.max_append_sectors.into())?,
+            areas: config.areas,
         })
+    }
+
+    /// The first zone that is used with a random write area; behind the last one where none is.
+    pub fn first_area(&self) -> u32 {
+        self.zones - self.areas.map_or(0, |areas| areas.zones)
     }
 
     /// The sector of a zone's block.
@@ -90,6 +99,8 @@ impl Plan {
     /// Kinds of requests: write, append, conventional write, read, flush, reset, finish, open and close, report,
     /// append to a zone that another queue writes, reset of all zones.
     pub const KINDS: usize = 11;
+    /// The place of resets of all zones among them.
+    pub const RESET_ALL: usize = 10;
 
     /// What round `round` of that seed does.
     pub fn new(seed: &Rng, round: u64, max_acks: u64, longest: u32) -> Self {
@@ -235,8 +246,10 @@ pub struct Shared<'a> {
     pub image: u64,
     /// Logs of the conventional zones.
     pub conventional: Vec<Mutex<ConventionalLog>>,
-    /// Logs of the sequential zones.
+    /// Logs of the sequential zones that are written in their order.
     pub sequential: Vec<Mutex<ZoneLog>>,
+    /// Logs of those with random write areas.
+    pub areas: Vec<Mutex<AreaLog>>,
     pub(super) pool: Mutex<Pool>,
     /// Ends the daemon, with the signal of the plan.
     end: &'a (dyn Fn() + Sync),
@@ -262,6 +275,7 @@ impl<'a> Shared<'a> {
         image: u64,
         conventional: &[Vec<Content>],
         sequential: &[Base],
+        areas: &[AreaBase],
         end: &'a (dyn Fn() + Sync),
     ) -> Self {
         let hint = |base: &Base| match (base.full, base.blocks.is_empty()) {
@@ -273,7 +287,9 @@ impl<'a> Shared<'a> {
         let pool = Pool {
             append: Vec::new(),
             append_coming: 0,
-            used: (0..geometry.zones as usize).map(|zone| zone < skipped).collect(),
+            used: (0..geometry.first_area() as usize)
+                .map(|zone| zone < skipped)
+                .collect(),
             hints: std::iter::repeat_n(Hint::Full, skipped)
                 .chain(sequential.iter().map(hint))
                 .collect(),
@@ -288,6 +304,18 @@ impl<'a> Shared<'a> {
                 .collect(),
             sequential: sequential
                 .map(|(base, zone)| Mutex::new(ZoneLog::new(zone, geometry.capacity, base)))
+                .collect(),
+            areas: areas
+                .iter()
+                .cloned()
+                .zip(geometry.first_area()..)
+                .map(|(base, zone)| {
+                    Mutex::new(AreaLog {
+                        zone,
+                        base,
+                        entries: Vec::new(),
+                    })
+                })
                 .collect(),
             pool: Mutex::new(pool),
             end,
@@ -314,6 +342,16 @@ impl<'a> Shared<'a> {
             op,
             at: if op == Op::Write { at } else { ANYWHERE },
             blocks,
+            submitted: self.now(),
+            outcome: Outcome::InFlight,
+        }
+    }
+
+    /// A new request to a zone with a random write area.
+    pub(super) fn area_entry(&self, op: AreaOp) -> AreaEntry {
+        AreaEntry {
+            id: self.ids.fetch_add(1, Ordering::Relaxed),
+            op,
             submitted: self.now(),
             outcome: Outcome::InFlight,
         }

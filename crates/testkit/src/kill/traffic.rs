@@ -7,12 +7,14 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use super::area::AreaZone;
+use super::channel::Channel;
 use super::log::{Op, Time};
 use super::rng::Rng;
 use super::shared::{AppendZone, Counts, Hint, Shared, lock};
 use super::stamp::Stamp;
 use crate::client::zone::REPORT_ENTRY;
-use crate::client::{Framing, Queue, Request, Ticket};
+use crate::client::{Request, Ticket};
 
 /// Zones to which a queue writes at one time.
 pub const OWN_ZONES: usize = 2;
@@ -79,6 +81,10 @@ pub(super) enum Flight {
         resets: u32,
     },
     OpenOrClose,
+    /// To a zone with a random write area, by its place in the log.
+    InArea(usize),
+    /// Where does that zone stand?
+    AskArea,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -91,11 +97,13 @@ pub(super) enum Purpose {
 /// One queue's traffic.
 pub struct Worker<'a> {
     pub(super) shared: &'a Shared<'a>,
-    queue: Queue,
+    pub(super) queue: Channel,
     pub(super) rng: Rng,
     pub(super) flights: HashMap<Ticket, Flight>,
     pub(super) own: [Own; OWN_ZONES],
     pub(super) counts: Counts,
+    /// The zone with a random write area that is this queue's own.
+    pub(super) area: Option<AreaZone>,
     explicit: u32,
     /// No more zones can be active: one that nobody uses has to give way.
     pub(super) crowded: bool,
@@ -103,12 +111,9 @@ pub struct Worker<'a> {
 
 impl<'a> Worker<'a> {
     /// A worker on `queue`.
-    pub fn new(shared: &'a Shared<'a>, mut queue: Queue, rng: Rng) -> Self {
-        queue.set_framing(if shared.plan.indirect {
-            Framing::LINUX
-        } else {
-            Framing::default()
-        });
+    /// `number` counts the queues from 0.
+    pub fn new(shared: &'a Shared<'a>, mut queue: Channel, number: usize, rng: Rng) -> Self {
+        queue.set_framing(shared.plan.indirect);
         Worker {
             shared,
             queue,
@@ -116,6 +121,7 @@ impl<'a> Worker<'a> {
             flights: HashMap::new(),
             own: Default::default(),
             counts: Counts::default(),
+            area: shared.areas.get(number).map(|_| AreaZone::new(number)),
             explicit: 0,
             crowded: false,
         }
@@ -139,7 +145,7 @@ impl<'a> Worker<'a> {
                 }
                 Ok(None) => break,
                 Err(error) => {
-                    self.shared.breach(error.to_string());
+                    self.shared.breach(error);
                     break;
                 }
             }
@@ -161,15 +167,15 @@ impl<'a> Worker<'a> {
             if self.flights.is_empty() && !self.shared.submitting() {
                 return Ok(());
             }
-            self.queue.publish().map_err(|error| error.to_string())?;
-            while let Some(completion) = self.queue.poll().map_err(|error| error.to_string())? {
+            self.queue.publish()?;
+            while let Some(completion) = self.queue.poll()? {
                 heard = Instant::now();
                 self.completed(completion)?;
             }
             let soon = Instant::now() + Duration::from_millis(20);
             let full = self.flights.len() >= self.shared.plan.depth || !self.shared.submitting();
             if full && !self.flights.is_empty() {
-                self.queue.wait_used(soon).map_err(|error| error.to_string())?;
+                self.queue.wait_used(soon)?;
             }
             if heard.elapsed() > PATIENCE && !self.shared.stopped() {
                 return Err(format!(
@@ -182,7 +188,12 @@ impl<'a> Worker<'a> {
     }
 
     fn send(&mut self, request: &Request, flight: Flight) -> Result<(), String> {
-        match self.queue.submit(request) {
+        let submitted = self.queue.submit(request);
+        self.sent(submitted, flight)
+    }
+
+    pub(super) fn sent(&mut self, submitted: Result<Ticket, String>, flight: Flight) -> Result<(), String> {
+        match submitted {
             Ok(ticket) => {
                 self.flights.insert(ticket, flight);
                 Ok(())
@@ -195,6 +206,9 @@ impl<'a> Worker<'a> {
     fn act(&mut self) -> Result<(), String> {
         if std::mem::take(&mut self.crowded) {
             return self.make_room();
+        }
+        if self.area.is_some() && self.rng.one_in(3) {
+            return self.act_in_area();
         }
         let weights = self.shared.plan.weights;
         let mut roll = self
@@ -228,14 +242,17 @@ impl<'a> Worker<'a> {
 
     fn any_sequential(&mut self) -> u32 {
         let first = self.shared.geometry.conventional;
-        first + self.rng.below(u64::from(self.shared.geometry.zones - first)) as u32
+        first
+            + self
+                .rng
+                .below(u64::from(self.shared.geometry.first_area() - first)) as u32
     }
 
-    fn length(&mut self, room: u32) -> u32 {
+    pub(super) fn length(&mut self, room: u32) -> u32 {
         self.rng.skewed(1, self.shared.plan.longest.min(room).into()) as u32
     }
 
-    fn data(&self, stamp: impl Fn(u32) -> Stamp, blocks: u32) -> Vec<u8> {
+    pub(super) fn data(&self, stamp: impl Fn(u32) -> Stamp, blocks: u32) -> Vec<u8> {
         let size = self.shared.geometry.block as usize;
         let mut data = vec![0; size * blocks as usize];
         for (block, index) in data.chunks_exact_mut(size).zip(0..) {
@@ -524,6 +541,8 @@ impl Flight {
             Flight::Read { .. } | Flight::ReadConventional { .. } => "reads",
             Flight::Ask { .. } => "reports",
             Flight::OpenOrClose => "opens and closes",
+            Flight::InArea(_) => "requests in random write areas",
+            Flight::AskArea => "reports",
         }
     }
 }

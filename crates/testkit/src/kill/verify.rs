@@ -3,10 +3,11 @@
 use anyhow::{Context, Result, bail, ensure};
 
 use super::answers::pointer;
+use super::channel::{Channel, Config};
 use super::judge::Found;
 use super::shared::Geometry;
 use super::stamp::Content;
-use crate::client::{BlkConfig, Queue, Zone, ZoneKind};
+use crate::client::{Zone, ZoneKind};
 
 /// What the device holds.
 #[derive(Debug)]
@@ -15,6 +16,8 @@ pub struct Whole {
     pub conventional: Vec<Vec<Content>>,
     /// The sequential zones.
     pub sequential: Vec<Found>,
+    /// Which of them have a random write area.
+    pub areas: Vec<bool>,
     /// Bytes read.
     pub bytes: u64,
 }
@@ -23,8 +26,12 @@ pub struct Whole {
 ///
 /// # Errors
 /// If the zones are others, or cannot be reported.
-pub fn learn(queue: &mut Queue, config: &BlkConfig) -> Result<Geometry> {
-    let zones = report(queue, config)?;
+pub fn learn(queue: &mut Channel, config: &Config) -> Result<Geometry> {
+    let zones: Vec<Zone> = queue
+        .report_all(config)?
+        .into_iter()
+        .map(|(zone, _)| zone)
+        .collect();
     let conventional = zones
         .iter()
         .take_while(|zone| zone.kind == ZoneKind::Conventional)
@@ -43,23 +50,17 @@ pub fn learn(queue: &mut Queue, config: &BlkConfig) -> Result<Geometry> {
     Geometry::new(config, capacity, conventional as u32).context("the configuration makes no sense")
 }
 
-fn report(queue: &mut Queue, config: &BlkConfig) -> Result<Vec<Zone>> {
-    // As many zones as fit one of our requests.
-    let zones = queue.zone_report_all(config.capacity, config.zone_sectors.into())?;
-    Ok(zones)
-}
-
 /// Reads everything, all queues taking part, and gives the queues back.
 ///
 /// # Errors
 /// If a request fails, or bytes past a zone's capacity are not zeros.
 pub fn read_all(
-    mut queues: Vec<Queue>,
-    config: &BlkConfig,
+    mut queues: Vec<Channel>,
+    config: &Config,
     geometry: &Geometry,
     image: u64,
-) -> Result<(Vec<Queue>, Whole)> {
-    let zones = report(&mut queues[0], config)?;
+) -> Result<(Vec<Channel>, Whole)> {
+    let zones = queues[0].report_all(config)?;
     let count = queues.len();
     let parts: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> = queues
@@ -86,9 +87,10 @@ pub fn read_all(
     let mut whole = Whole {
         conventional: Vec::new(),
         sequential: Vec::new(),
+        areas: Vec::new(),
         bytes: u64::from(geometry.zones) * u64::from(geometry.zone_blocks) * u64::from(geometry.block),
     };
-    for (zone, report) in zones.iter().enumerate() {
+    for (zone, (report, area)) in zones.iter().enumerate() {
         let mut blocks = parts[zone % count].next().context("a zone was not read")?;
         if zone < geometry.conventional as usize {
             whole.conventional.push(blocks);
@@ -101,6 +103,7 @@ pub fn read_all(
                 geometry.capacity
             );
         }
+        whole.areas.push(*area);
         whole.sequential.push(Found {
             blocks,
             pointer: pointer(report, geometry.block),
@@ -110,7 +113,7 @@ pub fn read_all(
     Ok((queues, whole))
 }
 
-fn read_zone(queue: &mut Queue, geometry: &Geometry, image: u64, zone: u32) -> Result<Vec<Content>> {
+fn read_zone(queue: &mut Channel, geometry: &Geometry, image: u64, zone: u32) -> Result<Vec<Content>> {
     let most = (queue.max_data() as u32 / geometry.block).max(1);
     let mut contents = Vec::with_capacity(geometry.zone_blocks as usize);
     while (contents.len() as u32) < geometry.zone_blocks {

@@ -304,16 +304,21 @@ impl Driver {
 
     /// Tells the controller of the entries that were put.
     pub fn ring(&mut self, qid: u16) {
+        self.try_ring(qid).expect("doorbells can be written");
+    }
+
+    /// The same, where the server may be gone.
+    pub fn try_ring(&mut self, qid: u16) -> Result<(), vfio_user::Error> {
         let queue = self.queues.get_mut(&qid).expect("the queue was made");
         let (old, new) = (queue.rung, queue.tail);
         queue.rung = new;
-        self.doorbell(2 * u64::from(qid), old, new);
+        self.doorbell(2 * u64::from(qid), old, new)
     }
 
-    fn doorbell(&mut self, index: u64, old: u32, new: u32) {
+    fn doorbell(&mut self, index: u64, old: u32, new: u32) -> Result<(), vfio_user::Error> {
         if let Some((doorbells, first)) = &self.mapped {
             doorbells.store(first + index as usize, new);
-            return;
+            return Ok(());
         }
         let at = index * 4;
         if self.shadow && index > 1 {
@@ -327,10 +332,17 @@ impl Driver {
             let passed =
                 (new as u16).wrapping_sub(event).wrapping_sub(1) < (new as u16).wrapping_sub(old as u16);
             if !passed {
-                return;
+                return Ok(());
             }
         }
-        self.write32(offset::DOORBELLS + at, new);
+        let bytes = new.to_le_bytes();
+        let at = offset::DOORBELLS + at;
+        self.client.region_write(pci_region::BAR0, at, &bytes)
+    }
+
+    /// Whether there is a completion.
+    pub fn is_ready(&self, qid: u16) -> bool {
+        self.queues[&qid].completed().is_some()
     }
 
     /// Takes a completion if there is one, without telling.
@@ -345,10 +357,15 @@ impl Driver {
 
     /// Tells the controller that completions were taken; `count` of them since it was told last.
     pub fn free(&mut self, qid: u16, count: u32) {
+        self.try_free(qid, count).expect("doorbells can be written");
+    }
+
+    /// The same, where the server may be gone.
+    pub fn try_free(&mut self, qid: u16, count: u32) -> Result<(), vfio_user::Error> {
         let queue = &self.queues[&qid];
         let new = queue.head;
         let old = (new + queue.cq_entries - count % queue.cq_entries) % queue.cq_entries;
-        self.doorbell(2 * u64::from(qid) + 1, old, new);
+        self.doorbell(2 * u64::from(qid) + 1, old, new)
     }
 
     /// Waits for a completion and takes it.

@@ -204,6 +204,14 @@ impl NvmeNode {
         }
     }
 
+    /// The driver alone.
+    pub fn into_driver(self) -> Driver {
+        self.host
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .driver
+    }
+
     /// The driver, between commands.
     pub fn with_driver<T>(&self, run: impl FnOnce(&mut Driver) -> T) -> T {
         run(&mut self.host().driver)
@@ -510,7 +518,7 @@ impl Node for NvmeNode {
         })
     }
 
-    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Answer<'a, ()> {
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8], zrwa: bool) -> Answer<'a, ()> {
         Box::pin(async move {
             let size = self.geometry.extension_size() as usize;
             if extension.len() > size {
@@ -524,7 +532,8 @@ impl Node for NvmeNode {
             let mut data = extension.to_vec();
             data.resize(size, 0);
             let action = SendAction::SET_DESCRIPTOR_EXTENSION;
-            let entry = Entry::zone_send(action, self.block(zone_start), SendCdw13::new());
+            let option = SendCdw13::new().with_zsaso(zrwa);
+            let entry = Entry::zone_send(action, self.block(zone_start), option);
             let (done, _) = self.run(entry, &data, 0);
             self.judge(done, Kind::Manage, rule).map(drop)
         })

@@ -172,6 +172,30 @@ fn zones_that_died_are_told_apart_from_broken_media() {
 }
 
 #[test]
+fn a_bad_block_in_an_area_that_moved_over_it_is_no_rule_of_zones() {
+    for seed in 0..8 {
+        let drive = Arc::new(FakeDrive::new(WITH_AREAS, false, seed));
+        drive.trouble(FIRST, Trouble::BadByte(START, ENODATA));
+        with(&drive, async |device, lane| {
+            let area = device.limits().zoned.unwrap().zrwa().unwrap();
+            device.zone_op(lane, ZoneOp::OpenZrwa, START).await.unwrap();
+            let far = START + 2 * area.size - BLOCK;
+            let both = vec![
+                write(device, lane, START, BLOCK, 1),
+                write(device, lane, far, BLOCK, 2),
+            ];
+            let results = all(both).await;
+            assert!(is_io(&results[0], ENODATA) && results[1].is_ok(), "{results:?}");
+            assert!(wp(device, FIRST).await > START, "the area has moved");
+            // What lies above the area now did so before.
+            let beyond = write(device, lane, START + 4 * area.size, BLOCK, 3).await;
+            let outside = matches!(beyond, Err(Error::Zone(ZoneError::OutsideRandomWriteArea { .. })));
+            assert!(outside, "{beyond:?}");
+        });
+    }
+}
+
+#[test]
 fn a_drive_that_is_pulled_out_fails_everything_and_hangs_nothing() {
     for place in [false, true] {
         let drive = drive(place, 28);

@@ -341,7 +341,7 @@ fn an_extension_goes_through_the_graph_and_a_window() {
             window.limits().zoned.unwrap().extension_size() as usize,
             EXTENSION
         );
-        window.set_extension(&lane, ZONE, b"mine").await.unwrap();
+        window.set_extension(&lane, ZONE, b"mine", false).await.unwrap();
         let mut expected = b"mine".to_vec();
         expected.resize(EXTENSION, 0);
         assert_eq!(window.extension(ZONE).await.unwrap(), Some(expected.clone()));
@@ -353,7 +353,7 @@ fn an_extension_goes_through_the_graph_and_a_window() {
             ..Attributes::default()
         };
         assert_eq!((zone.condition, zone.attributes), (Condition::Closed, attributes));
-        let refused = broken(window.set_extension(&lane, ZONE, b"again").await);
+        let refused = broken(window.set_extension(&lane, ZONE, b"again", false).await);
         let expected = ZoneError::InvalidTransition {
             zone: ZoneNo(1),
             condition: Condition::Closed,
@@ -363,7 +363,7 @@ fn an_extension_goes_through_the_graph_and_a_window() {
             window.extension(3 * ZONE).await,
             Err(Error::Zone(_) | Error::OutOfRange { .. })
         ));
-        assert!(window.set_extension(&lane, BLOCK, b"x").await.is_err());
+        assert!(window.set_extension(&lane, BLOCK, b"x", false).await.is_err());
         window.zone_op(&lane, ZoneOp::OpenZrwa, 2 * ZONE).await.unwrap();
         window.write(&lane, data(4 * BLOCK, 1), 2 * ZONE).await.unwrap();
         window.commit_zrwa(&lane, 2 * ZONE + 4 * BLOCK).await.unwrap();

@@ -354,22 +354,43 @@ fn libc_einval() -> i32 {
 fn a_descriptor_extension_stays_until_the_reset() {
     on_each(|drive| async move {
         assert_eq!(drive.extension(3 * ZONE).await.unwrap(), None);
-        drive.set_extension(3 * ZONE, b"a stripe of mine").await.unwrap();
+        drive
+            .set_extension(3 * ZONE, b"a stripe of mine", false)
+            .await
+            .unwrap();
         let mut expected = b"a stripe of mine".to_vec();
         expected.resize(64, 0);
         assert_eq!(drive.extension(3 * ZONE).await.unwrap(), Some(expected));
         assert_eq!(zone(&drive, 3).await.condition, Condition::Closed);
         assert_eq!(drive.extension(2 * ZONE).await.unwrap(), None);
         assert!(matches!(
-            drive.set_extension(3 * ZONE, b"another").await,
+            drive.set_extension(3 * ZONE, b"another", false).await,
             Err(Error::Zone(ZoneError::InvalidTransition { .. }))
         ));
         assert_eq!(
-            drive.set_extension(0, &[1; 65]).await.unwrap_err().errno(),
+            drive.set_extension(0, &[1; 65], false).await.unwrap_err().errno(),
             libc_einval()
         );
         op(&drive, ZoneOp::Reset, 3).await.unwrap();
         assert_eq!(drive.extension(3 * ZONE).await.unwrap(), None);
+    });
+}
+
+#[test]
+fn a_descriptor_extension_comes_with_an_area_both_or_neither() {
+    on_simulated(|drive, _| async move {
+        for number in [2, 3] {
+            drive.set_extension(number * ZONE, b"mine", true).await.unwrap();
+            let attributes = zone(&drive, number).await.attributes;
+            assert!(attributes.extension && attributes.zrwa, "{attributes:?}");
+        }
+        assert_eq!(
+            drive.set_extension(4 * ZONE, b"mine", true).await,
+            Err(Error::Zone(ZoneError::NoRandomWriteArea { zone: ZoneNo(4) }))
+        );
+        assert_eq!(zone(&drive, 4).await.condition, Condition::Empty);
+        drive.set_extension(4 * ZONE, b"mine", false).await.unwrap();
+        assert!(!zone(&drive, 4).await.attributes.zrwa);
     });
 }
 

@@ -383,3 +383,31 @@ fn hosts_find_the_same_controller_over_plain_images_at_each_start() {
         ])
         .fails(1, "namespaces 1 and 2 have the same UUID");
 }
+
+#[test]
+fn a_controller_whose_commands_are_too_small_for_extensions_says_what_they_need() {
+    let bench = Bench::new();
+    let image = "driver=zoned,zone.size=1M,zone.descr_ext_size=16320,file.driver=memory,file.size=8M";
+    let serve = |size| {
+        [
+            "serve",
+            "--nvme",
+            "s",
+            "--namespace",
+            image,
+            "--max-transfer",
+            size,
+        ]
+    };
+    for (size, shown) in [("8K", "8 KiB"), ("16K", "16 KiB")] {
+        let run = bench.run(&serve(size));
+        run.fails(1, "let them transfer 32 KiB (--max-transfer");
+        assert!(
+            run.err.contains("16448 bytes") && run.err.contains(shown),
+            "{run:?}"
+        );
+    }
+    let daemon = Daemon::start(self::serve(&bench, &serve("32K")[1..]));
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.finish().0, Some(0));
+}

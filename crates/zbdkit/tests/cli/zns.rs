@@ -38,7 +38,7 @@ fn commands_of_areas_and_extensions_are_called_rightly_and_explained() {
         assert_eq!((run.status, &*run.err), (Some(1), said), "{command}");
     }
     let usage =
-        "zone_set_ext [-f file | -P pattern] start -- attach a descriptor extension to an empty zone\n";
+        "zone_set_ext [-f file | -P pattern] [-r] start -- attach a descriptor extension to an empty zone\n";
     assert_eq!(bench.io(&["zse 0 1"]).out, usage);
     assert_eq!(bench.io(&["zse -P 300 0"]).status, Some(1));
     assert_eq!(
@@ -172,6 +172,26 @@ fn an_extension_comes_from_a_file_or_a_pattern_and_is_dumped_or_written_to_one()
                     zone set extension failed: Invalid argument\n";
     assert_eq!((&*run.out, run.status), (expected, Some(1)), "{run:?}");
     assert!(!bench.path("none").exists());
+}
+
+#[test]
+fn an_extension_comes_with_an_area_if_one_is_left() {
+    let bench = Bench::new();
+    let commands = [
+        "zse -r -P 1 1M",
+        "write -q -P 2 1028k 4k",
+        "read -q -P 2 1028k 4k",
+        "zse -P 1 2M -r",
+        "zse -r 3M",
+        "zge 3M",
+    ];
+    let run = on_disk(&bench, &commands);
+    let expected = "zone set extension failed: Input/output error\nThe zone has no descriptor extension\n";
+    assert_eq!((&*run.out, run.status), (expected, Some(1)), "{run:?}");
+    assert!(
+        run.err.contains("no random write area is left for zone 3"),
+        "{run:?}"
+    );
 }
 
 #[test]

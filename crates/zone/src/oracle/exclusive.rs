@@ -37,10 +37,16 @@ impl Oracle {
                 self.make_open(zone, C::ExplicitlyOpen)?;
                 self.zone(zone).reserved = Some((condition, true));
             }
-            (X::SetExtension { .. }, C::Empty) if self.geometry.extension_size() != 0 => {
+            (X::SetExtension { zrwa, .. }, C::Empty) if self.geometry.extension_size() != 0 => {
+                if zrwa && self.geometry.zrwa().is_none() {
+                    return Err(E::NoRandomWriteArea { zone }.into());
+                }
                 self.active_resource_for(condition)?;
+                if zrwa {
+                    self.area_for(zone)?;
+                }
                 self.zone(zone).condition = C::Closed;
-                self.zone(zone).reserved = Some((condition, false));
+                self.zone(zone).reserved = Some((condition, zrwa));
             }
             (X::SetExtension { .. }, _) => return Err(E::InvalidTransition { zone, condition }.into()),
             (X::SetReadOnly, C::ReadOnly) | (X::SetOffline, C::Offline) => return Ok(false),
@@ -88,7 +94,7 @@ impl Oracle {
         let reserved = z.reserved.take();
         if !commit {
             match reserved {
-                Some((before, false)) => z.condition = before,
+                Some((before, _)) if matches!(op, ExclusiveOp::SetExtension { .. }) => z.condition = before,
                 Some((C::ImplicitlyOpen, true))
                     if z.condition == C::ExplicitlyOpen && z.record.written == 0 && is_plain(&z.record) =>
                 {
@@ -116,7 +122,9 @@ impl Oracle {
                 r.counters.finishes += 1;
             }
             ExclusiveOp::OpenZrwa => r.zrwa = true,
-            ExclusiveOp::SetExtension { checksum } => r.extension = Some(checksum),
+            ExclusiveOp::SetExtension { checksum, zrwa } => {
+                (r.extension, r.zrwa) = (Some(checksum), r.zrwa || zrwa);
+            }
             ExclusiveOp::Recommend(what) => r.recommended = what,
             ExclusiveOp::SetReadOnly => (r.read_only, r.offline) = (true, false),
             ExclusiveOp::SetOffline => (r.read_only, r.offline) = (false, true),

@@ -117,7 +117,7 @@ pub fn steps() -> impl Strategy<Value = Step> {
         1 => Just(ExclusiveOp::SetReadOnly), 1 => Just(ExclusiveOp::SetOffline),
         2 => Just(ExclusiveOp::SetNormal), 6 => Just(ExclusiveOp::OpenZrwa),
         1 => Just(ExclusiveOp::FinishByDevice),
-        1 => any::<u32>().prop_map(|checksum| ExclusiveOp::SetExtension { checksum }),
+        2 => any::<(u32, bool)>().prop_map(|(checksum, zrwa)| ExclusiveOp::SetExtension { checksum, zrwa }),
         1 => Just(ExclusiveOp::Recommend(Some(Recommendation::Finish))),
         1 => Just(ExclusiveOp::Recommend(Some(Recommendation::Reset))),
         1 => Just(ExclusiveOp::Recommend(None))];

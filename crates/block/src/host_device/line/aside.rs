@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use zbdkit_io::{IoBuf, spawn};
 use zbdkit_zone::rules::Writable;
-use zbdkit_zone::{Condition, ZoneNo};
+use zbdkit_zone::{Condition, ZoneError, ZoneNo};
 
 use super::{Caller, Lines, Wants};
 use crate::error::Error;
@@ -13,6 +13,8 @@ use crate::error::Error;
 pub(super) struct Aside {
     lines: Arc<Lines>,
     zone: ZoneNo,
+    /// Its number among those of the zone, if no other was under way when it began.
+    alone: Option<u64>,
     end: End,
 }
 
@@ -37,17 +39,23 @@ impl Aside {
             buf: 0,
         };
         let may = !line.busy && line.waiting.is_empty() && line.goes_aside(&wants, lines.drive.has_append());
-        may.then(|| {
-            line.aside += 1;
-            Aside::counted(lines, zone)
-        })
+        if !may {
+            return None;
+        }
+        line.add_aside();
+        drop(line);
+        Some(Aside::counted(lines, zone))
     }
 
-    /// One that the line counts already.
+    /// One that the line counts already, and that the drive does not have yet.
     pub(super) fn counted(lines: &Arc<Lines>, zone: ZoneNo) -> Aside {
+        let line = lines.zone(zone).line();
+        let alone = (line.aside == 1).then_some(line.asides);
+        drop(line);
         Aside {
             lines: lines.clone(),
             zone,
+            alone,
             end: End::Unknown,
         }
     }
@@ -89,6 +97,12 @@ impl Aside {
         }
     }
 
+    /// Whether no other request was under way in the zone since this one began.
+    fn is_alone(&self) -> bool {
+        let line = self.lines.zone(self.zone).line();
+        self.alone == Some(line.asides)
+    }
+
     /// The rule that the drive holds against the request, if there is one.
     async fn reason(&self, error: Error, offset: Option<u64>, len: u64) -> Error {
         let Error::Io { op, errno } = error else {
@@ -110,9 +124,19 @@ impl Aside {
             None => writable.place(offset, len),
         };
         match rule {
-            Err(rule) => rule.into(),
-            Ok(_) => self.lines.explain(op, errno),
+            Err(rule) if offset.is_none() || self.is_alone() || was_broken(&rule) => rule.into(),
+            _ => self.lines.explain(op, errno),
         }
+    }
+}
+
+/// Whether a rule that a write in an area breaks now was broken when the write arrived, whatever went on beside it. Others may
+/// have moved the area over it since, or filled the zone, and then the failure is the drive's own.
+fn was_broken(rule: &ZoneError) -> bool {
+    match *rule {
+        ZoneError::OutsideRandomWriteArea { offset, len, end, .. } => offset.saturating_add(len) > end,
+        ZoneError::NotAtWritePointer { .. } | ZoneError::Full { .. } => false,
+        _ => true,
     }
 }
 

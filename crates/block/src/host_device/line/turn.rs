@@ -122,7 +122,7 @@ impl Turn {
             let Some(entry) = line.waiting.pop_front() else {
                 return Step::Over;
             };
-            line.aside += 1;
+            line.add_aside();
             return Step::Aside(entry.caller, offset, buf);
         }
         if line.aside > 0 {

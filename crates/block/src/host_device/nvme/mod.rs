@@ -94,7 +94,7 @@ impl NvmeDrive {
         self.namespace.open_with_zrwa(zone_start).await
     }
 
-    async fn attach_extension(&self, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
+    async fn attach_extension(&self, zone_start: u64, extension: &[u8], zrwa: bool) -> Result<(), Error> {
         let size = self.namespace.facts.extension_size;
         if size == 0 {
             return Err(Error::NotSupported("zone descriptor extensions"));
@@ -105,7 +105,10 @@ impl NvmeDrive {
                 errno: libc::EINVAL,
             });
         }
-        self.namespace.set_extension(zone_start, extension).await
+        if zrwa && self.namespace.facts.zrwa.is_none() {
+            return Err(Error::NotSupported("a zone random write area"));
+        }
+        self.namespace.set_extension(zone_start, extension, zrwa).await
     }
 }
 
@@ -161,8 +164,8 @@ impl Drive for NvmeDrive {
         }
     }
 
-    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8]) -> Request<'a, ()> {
-        Box::pin(self.attach_extension(zone_start, extension))
+    fn set_extension<'a>(&'a self, zone_start: u64, extension: &'a [u8], zrwa: bool) -> Request<'a, ()> {
+        Box::pin(self.attach_extension(zone_start, extension, zrwa))
     }
 
     fn extension<'a>(&'a self, zone_start: u64) -> Request<'a, Option<Vec<u8>>> {

@@ -132,8 +132,15 @@ impl Namespace {
             .await
     }
 
-    pub(super) async fn set_extension(&self, zone_start: u64, extension: &[u8]) -> Result<(), Error> {
-        let cdw13 = SendCdw13::new().with_zsa(SendAction::SET_DESCRIPTOR_EXTENSION.0);
+    pub(super) async fn set_extension(
+        &self,
+        zone_start: u64,
+        extension: &[u8],
+        zrwa: bool,
+    ) -> Result<(), Error> {
+        let cdw13 = SendCdw13::new()
+            .with_zsa(SendAction::SET_DESCRIPTOR_EXTENSION.0)
+            .with_zsaso(zrwa);
         let mut bytes = extension.to_vec();
         bytes.resize(self.facts.extension_size, 0);
         let op = "setting a zone descriptor extension";

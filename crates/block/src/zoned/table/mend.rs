@@ -70,6 +70,15 @@ pub struct Salvaged {
 }
 
 impl Salvaged {
+    /// Why the records cannot be believed as they are, if they cannot.
+    pub fn unusable(&self) -> Option<TableError> {
+        self.findings.iter().find_map(|finding| match finding {
+            Finding::Lost { index } => Some(self.table.damaged(*index)),
+            Finding::Outdated => Some(TableError::Outdated),
+            _ => None,
+        })
+    }
+
     /// Reads each descriptor extension that a record speaks of, and adds those to the findings that are damaged.
     pub async fn check_extensions(&mut self) -> Result<(), TableError> {
         let Some(slots) = Slots::of(&self.table) else {
@@ -89,15 +98,19 @@ impl Salvaged {
     }
 }
 
-/// Takes damaged descriptor extensions out of the records of their zones: nothing has their bytes any more.
-pub fn drop_damaged(findings: &[Finding], records: &mut BTreeMap<u32, ZoneRecord>) {
+/// Takes damaged descriptor extensions out of the records of their zones: nothing has their bytes any more. Which zones
+/// those are.
+pub fn drop_damaged(findings: &[Finding], records: &mut BTreeMap<u32, ZoneRecord>) -> Vec<ZoneNo> {
+    let mut dropped = Vec::new();
     for finding in findings {
         if let Finding::Extension { zone } = finding
             && let Some(record) = records.get_mut(&zone.0)
         {
             record.extension = None;
+            dropped.push(*zone);
         }
     }
+    dropped
 }
 
 /// The zones of a block.

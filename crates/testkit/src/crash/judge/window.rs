@@ -32,12 +32,12 @@ impl<'a> Judge<'a> {
     pub(super) fn has_window(&self, zone: usize, info: &ZoneInfo) -> bool {
         info.attributes.zrwa
             || self.had_area(zone, info)
-            || self.of_generation(zone, info).any(|op| op.kind == Kind::OpenZrwa)
+            || self.of_generation(zone, info).any(|op| op.kind.allocates())
     }
 
     /// The same, whatever was reset.
     pub(super) fn ever_had_window(&self, zone: usize) -> bool {
-        self.oracle.baseline.zones[zone].attributes.zrwa || self.ops(zone).any(|op| op.kind == Kind::OpenZrwa)
+        self.oracle.baseline.zones[zone].attributes.zrwa || self.ops(zone).any(|op| op.kind.allocates())
     }
 
     /// Blocks are written in any order and again, behind a pointer that only moves on.
@@ -104,12 +104,8 @@ impl<'a> Judge<'a> {
     fn area(&self, zone: usize, info: &ZoneInfo) -> Verdict {
         let opened = |of: &dyn Fn(&Op) -> bool| {
             self.of_generation(zone, info)
-                .any(|op| op.kind == Kind::OpenZrwa && of(op))
+                .any(|op| op.kind.allocates() && of(op))
         };
-        let capacity_end = info.start + info.capacity;
-        let may_be_over = self
-            .of_generation(zone, info)
-            .any(|op| op.kind.is_finish() || matches!(op.kind, Kind::Commit { end } if end == capacity_end));
         if info.attributes.zrwa {
             ensure!(
                 self.had_area(zone, info) || opened(&|_| true),
@@ -118,11 +114,19 @@ impl<'a> Judge<'a> {
             ensure!(info.condition != Condition::Full, "it is full and has an area");
         } else {
             ensure!(
-                may_be_over || !(self.had_area(zone, info) || opened(&|op| self.is_certain(op, info))),
+                self.may_be_over(zone, info)
+                    || !(self.had_area(zone, info) || opened(&|op| self.is_certain(op, info))),
                 "its random write area is gone"
             );
         }
         Ok(())
+    }
+
+    /// Whether a zone that had an area may have become full.
+    fn may_be_over(&self, zone: usize, info: &ZoneInfo) -> bool {
+        let capacity_end = info.start + info.capacity;
+        self.of_generation(zone, info)
+            .any(|op| op.kind.is_finish() || matches!(op.kind, Kind::Commit { end } if end == capacity_end))
     }
 
     /// Where the pointer may be, bytes from the zone's start.
@@ -183,18 +187,28 @@ impl<'a> Judge<'a> {
                 lost.is_none() && old.is_none(),
                 "its descriptor extension is gone"
             );
+            let alone = self.of_generation(zone, info).any(|op| op.kind == Kind::OpenZrwa);
+            ensure!(
+                !info.attributes.zrwa || alone || self.had_area(zone, info),
+                "it has the random write area that was to come with an extension, and no extension"
+            );
             return Ok(());
         };
         let is = |op: &Op| match op.kind {
-            Kind::Attach { id } => extension(id, &self.oracle.geometry) == found,
+            Kind::Attach { id, .. } => extension(id, &self.oracle.geometry) == found,
             _ => false,
         };
         match old {
             Some(old) => ensure!(old == found, "its descriptor extension changed"),
-            None => ensure!(
-                attached().any(is),
-                "its descriptor extension is none that anybody gave it"
-            ),
+            None => {
+                let given = attached()
+                    .find(|op| is(op))
+                    .ok_or("its descriptor extension is none that anybody gave it")?;
+                ensure!(
+                    info.attributes.zrwa || !given.kind.allocates() || self.may_be_over(zone, info),
+                    "it has a descriptor extension, and not the random write area that was to come with it"
+                );
+            }
         }
         let other = attached().find(|op| self.is_certain(op, info) && !is(op));
         ensure!(

@@ -360,7 +360,11 @@ async fn work(device: &Device, rng: &mut Rng) {
         10 => drop(device.zone_op(&lane, ZoneOp::Reset, zone.start).await),
         11 if zone.attributes.zrwa => drop(device.commit_zrwa(&lane, zone.wp + 1024).await),
         11 => drop(device.zone_op(&lane, ZoneOp::OpenZrwa, zone.start).await),
-        12 => drop(device.set_extension(&lane, zone.start, &[0x5a; 128]).await),
+        12 => drop(
+            device
+                .set_extension(&lane, zone.start, &[0x5a; 128], rng.below(2) == 0)
+                .await,
+        ),
         _ => drop(device.write_zeroes(&lane, zone.wp, 4096, true).await),
     }
 }

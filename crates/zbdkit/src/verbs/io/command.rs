@@ -85,6 +85,7 @@ const COMMIT_MORE: &str = "
 const SET_EXT_MORE: &str = "
  -f, -- the content is that of this file; what it is too short for are zeros
  -P, -- fill with this byte instead of 0xcd
+ -r, -- the zone gets a random write area as well; where none is left, neither
 
  The zone is closed afterwards, and keeps the extension until it is reset.
 
@@ -304,7 +305,7 @@ static COMMANDS: [Command; 23] = [
             "zse",
             1,
             None,
-            "[-f file | -P pattern] start",
+            "[-f file | -P pattern] [-r] start",
             "attach a descriptor extension to an empty zone",
         )
     },

@@ -28,7 +28,7 @@ impl Shell {
 
     /// zse: attaches a descriptor extension to an empty zone.
     pub async fn zone_set_ext(&mut self, command: &'static Command, words: &[&str]) -> anyhow::Result<Step> {
-        let Some(options) = Options::parse(command.name, "f:P:", words) else {
+        let Some(options) = Options::parse(command.name, "f:P:r", words) else {
             return self.usage(command);
         };
         if options.rest.len() != 1 {
@@ -62,7 +62,8 @@ impl Shell {
             Ok(content) => content,
             Err(message) => return self.wrong(message),
         };
-        match self.device.set_extension(&self.lane, start, &content).await {
+        let zrwa = options.has('r');
+        match self.device.set_extension(&self.lane, start, &content, zrwa).await {
             Ok(()) => Ok(Step::Done),
             Err(error) => self.failed("zone set extension", &error),
         }

@@ -1,8 +1,8 @@
 //! The one place that knows how each kind of door is made.
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use uuid::Uuid;
-use zbdkit_block::Device;
+use zbdkit_block::{Device, format_size};
 use zbdkit_export::{Socket, nvme_pci, vhost_user_blk};
 use zbdkit_io::BackendKind;
 use zbdkit_nvme::{Namespace, NamespaceOptions, Subsystem, SubsystemOptions};
@@ -147,7 +147,18 @@ fn nvme(
             uuid: Some(uuid),
             read_across_zones: image.shown.read_across_zones,
         };
-        Namespace::new(device, &options).with_context(|| format!("namespace {}", index + 1))
+        let namespace = Namespace::new(device, &options);
+        let namespace = namespace.with_context(|| format!("namespace {}", index + 1))?;
+        let least = namespace.least_transfer();
+        ensure!(
+            least <= max_transfer.bytes(),
+            "namespace {}: a report of one zone with its descriptor extension has {least} bytes, and commands of this \
+             controller transfer {}: let them transfer {} (--max-transfer, or max-transfer in a configuration file)",
+            index + 1,
+            format_size(max_transfer.bytes()),
+            format_size(least.next_power_of_two())
+        );
+        Ok(namespace)
     };
     let namespaces = devices
         .into_iter()

@@ -195,6 +195,12 @@ impl Default for MaxTransfer {
     }
 }
 
+impl MaxTransfer {
+    fn bytes(self) -> u64 {
+        0x1000 << self.0
+    }
+}
+
 fn max_transfer(text: &str) -> Result<MaxTransfer, String> {
     match parse_size(text) {
         Some(size @ 0x2000..=0x100_0000) if size.is_power_of_two() => {
