@@ -4,7 +4,7 @@
 mod crash_support;
 
 use crash_support::{SEED, case, caught, failing, hold, host_aware, host_managed, mapped, zoned_namespace};
-use zbdkit_block::{Qcow2Layout, RunStateMode};
+use zbdkit_block::{CreateOptions, Qcow2Layout, RunStateMode};
 use zbdkit_testkit::crash::host::{FaultKind, Lie, Role};
 use zbdkit_testkit::crash::image::Image;
 use zbdkit_testkit::crash::suite::{Crash, Tally, exhaust};
@@ -24,6 +24,28 @@ fn qcow2(cluster_size: u64) -> Image {
         ..Qcow2Layout::default()
     };
     Image::qcow2(host_managed(), layout)
+}
+
+/// Blocks of a sector, most of them conventional: the list of marks becomes longer than what a device writes at once.
+fn scattered() -> CreateOptions {
+    CreateOptions {
+        block_size: 512,
+        conventional_zones: 9,
+        ..host_managed()
+    }
+}
+
+#[test]
+fn long_lists_of_marks_keep_the_contract() {
+    let mostly = Mix {
+        mark: 100,
+        set: 0,
+        zones: 0,
+        ..Mix::MARKS
+    };
+    let mut case = case("marks-many", scattered(), mostly);
+    case.plan.requests = 40;
+    hold(case, 12);
 }
 
 #[test]
