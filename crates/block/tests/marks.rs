@@ -84,7 +84,8 @@ fn heal(rig: &Rig, device: &Device) {
         .unwrap();
     assert_eq!(try_read(rig, device, Z2 + 3 * BLOCK, 1).unwrap(), vec![0; ONE]);
     rig.op(device, ZoneOp::Reset, Z1).unwrap();
-    assert_eq!(device.marks().ranges(), [Z2 + 4 * BLOCK..Z2 + 5 * BLOCK]);
+    let rest = Z2 + 4 * BLOCK..Z2 + 5 * BLOCK;
+    assert_eq!(device.marks().ranges(), std::slice::from_ref(&rest));
     rig.write(device, Z1, &pattern(5, 4 * ONE));
     assert_eq!(try_read(rig, device, Z1, 4).unwrap(), pattern(5, 4 * ONE));
     rig.block_on(device.reset_all(&lane)).unwrap();
