@@ -77,7 +77,7 @@ fn commands() -> Vec<(&'static str, Vec<u8>)> {
         entry.cdw13 = cdw13.into();
         [&[queue], entry.as_bytes()].concat()
     };
-    let data = [0x01, 0x02, 0x05, 0x08, 0x09, 0x0c, 0x19].map(|opcode| entry(IO, opcode, 2, [0, 0, 7, 0]));
+    let data = [0x01, 0x02, 0x04, 0x05, 0x08, 0x09, 0x0c, 0x19].map(|opcode| entry(IO, opcode, 2, [0, 0, 7, 0]));
     let zones = [0x203, 0x3, 0x1, 0x11, 0x2, 0x10, 0x5, 0x104].map(|send| entry(IO, 0x79, 1, [0, 0, 0, send]));
     let reports = [0, 1, 0x1_0900].map(|receive| entry(IO, 0x7a, 1, [0, 0, 0xff, receive]));
     let writes = [entry(IO, 0x01, 1, [0, 0, 7, 0]), entry(IO, 0x7d, 1, [2048, 0, 7, 0])];

@@ -276,6 +276,10 @@ commands() {
 	say nvme dsm "$PLAIN" -d -s 0 -b 8
 	say nvme dsm "$PLAIN" -d -s 0xffffffff -b 8
 	say nvme write-uncor "$PLAIN" -s 0 -c 0
+	say nvme write-uncor "$DEV" -s $(($(lba 2) + 1)) -c 7
+	say nvme write-uncor "$DEV" -s "$(lba 2)" -c 7
+	say nvme zns report-zones "$DEV" -s "$(lba 2)" -d 1
+	does nvme zns reset-zone "$DEV" -s "$(lba 2)"
 	say nvme copy "$DEV" --sdlba="$(lba 1)" --slbs=0,8 --blocks=3,3
 	for z in 0 4; do
 		say nvme read "$DEV" -s $(($(lba 1) + z)) -c 3 -z 16384 -d copied

@@ -56,6 +56,8 @@ pub fn crash(options: &Crash) -> Result<()> {
             "crash_qcow2",
             "--test",
             "crash_bare",
+            "--test",
+            "crash_marks",
             "--",
             "--nocapture",
         ])

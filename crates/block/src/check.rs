@@ -147,6 +147,7 @@ async fn check_sidecar(
         rebuild_lost(&findings, &table, &mut records, &*files.data, &mut found)
             .await
             .map_err(OpenError::from)?;
+        tell_lost_marks(&findings, &mut found);
         let mended = table.mend(&findings, &records).await;
         mended.map_err(|e| crate::zoned::Place::Sidecar(files.sidecar.clone()).table_error(e))?;
         found.all_fixed();
@@ -166,7 +167,7 @@ pub(crate) fn tell(salvaged: &Salvaged, found: &mut ZoneCheck) {
     }
     for finding in &salvaged.findings {
         match finding {
-            Finding::Half { .. } | Finding::Torn { .. } | Finding::Header if open => {
+            Finding::Half { .. } | Finding::Torn { .. } | Finding::Header | Finding::MarksHalf if open => {
                 found.say(finding.to_string())
             }
             _ => found.error(finding.to_string()),
@@ -208,6 +209,15 @@ pub(crate) async fn tell_forgotten(table: &Table, found: &mut ZoneCheck) -> Resu
         }
     }
     Ok(())
+}
+
+/// Says what a repair cannot bring back.
+pub(crate) fn tell_lost_marks(findings: &[Finding], found: &mut ZoneCheck) {
+    if findings.contains(&Finding::MarksLost) {
+        found.say(
+            "nothing tells any more which blocks were marked uncorrectable: none are, and what lies there can be read".into(),
+        );
+    }
 }
 
 /// The last resort: written ends of zones whose records nothing holds any more, from where their data ends.

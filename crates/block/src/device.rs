@@ -1,6 +1,6 @@
 //! The handle to the root of an opened graph: what doors and tools hold.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use zbdkit_io::IoBuf;
@@ -9,6 +9,7 @@ use zbdkit_zone::{Engine, Filter, ZoneInfo, ZoneNo, ZoneRecord};
 
 use crate::error::Error;
 use crate::limits::Limits;
+use crate::marks::{MarkList, Marks};
 use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Watcher, ZoneOp};
 use crate::qcow2::{BackingImage, Qcow2Node};
 use crate::zoned::{ImageStatus, ZonedNode};
@@ -190,6 +191,38 @@ impl Device {
         } else {
             self.node().write_zeroes(lane, offset, len, unmap).await
         }
+    }
+
+    /// Makes reads of the range's blocks fail until they are written again; see [`Node::mark_uncorrectable`].
+    ///
+    /// # Errors
+    /// [`Error::NotSupported`] where the image has no place for such marks ([`Device::keeps_marks`]), and
+    /// [`Error::TooManyMarks`]; in a sequential zone those of a write.
+    pub async fn mark_uncorrectable(&self, lane: &Lane, offset: u64, len: u64) -> Result<(), Error> {
+        self.check_change(offset, len)?;
+        if len == 0 {
+            Ok(())
+        } else {
+            self.node().mark_uncorrectable(lane, offset, len).await
+        }
+    }
+
+    /// Whether blocks can be marked by [`Device::mark_uncorrectable`]: images with zones have a list of them, and so has
+    /// memory.
+    pub fn keeps_marks(&self) -> bool {
+        self.node().marks().is_some()
+    }
+
+    /// The blocks that are marked.
+    pub fn marks(&self) -> MarkList {
+        self.node().marks().map(Marks::list).unwrap_or_default()
+    }
+
+    /// Fails where a read of the range would touch a marked block.
+    pub(crate) fn check_readable(&self, range: Range<u64>) -> Result<(), Error> {
+        self.node()
+            .marks()
+            .map_or(Ok(()), |marks| marks.check_readable(range))
     }
 
     /// One operation on the zone that starts at `zone_start`. Durable once acknowledged, but for open and close.

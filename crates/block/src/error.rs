@@ -35,6 +35,18 @@ pub enum Error {
     /// The image has no such operation.
     #[error("{0} is not supported by this image")]
     NotSupported(&'static str),
+    /// The read touches a block that was marked by [`Device::mark_uncorrectable`](crate::Device::mark_uncorrectable).
+    #[error("the block at {offset} is marked uncorrectable: it cannot be read until it is written again")]
+    Uncorrectable {
+        /// First byte of the first such block.
+        offset: u64,
+    },
+    /// The list of marked blocks has no room for another range.
+    #[error("more than {most} ranges of blocks would be marked uncorrectable")]
+    TooManyMarks {
+        /// Most ranges.
+        most: usize,
+    },
     /// The image was opened read-only.
     #[error("the image is open read-only")]
     ReadOnly,
@@ -80,7 +92,8 @@ impl Error {
             Error::Format(error) => return error.errno(),
             Error::NotSupported(_) => Errno::OPNOTSUPP,
             Error::ReadOnly => Errno::ROFS,
-            Error::OutOfRange { .. } => Errno::IO,
+            Error::OutOfRange { .. } | Error::Uncorrectable { .. } => Errno::IO,
+            Error::TooManyMarks { .. } => Errno::NOSPC,
             Error::Unaligned { .. } => Errno::INVAL,
         };
         errno.raw_os_error()

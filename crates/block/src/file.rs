@@ -10,6 +10,7 @@ use zbdkit_io::{File, IoBuf};
 use crate::error::{Error, OpenError};
 use crate::host::{FileId, Host};
 use crate::limits::Limits;
+use crate::marks::{MarkList, Marks};
 use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved};
 
 /// A file, or (driver `memory`) a sparse file in RAM: it grows with what is written, not with its size.
@@ -18,6 +19,8 @@ pub struct FileNode {
     name: Option<Arc<str>>,
     file: File,
     limits: Limits,
+    /// Marked blocks, of memory.
+    marks: Option<Marks>,
 }
 
 impl FileNode {
@@ -33,6 +36,7 @@ impl FileNode {
             name: None,
             file,
             limits,
+            marks: None,
         })
     }
 
@@ -52,6 +56,7 @@ impl FileNode {
             name: None,
             file,
             limits: Limits::plain(size, 512, read_only),
+            marks: Some(Marks::new(MarkList::default())),
         })
     }
 
@@ -65,6 +70,21 @@ impl FileNode {
     /// The file alone.
     pub(crate) fn into_file(self) -> File {
         self.file
+    }
+
+    fn is_marked(&self, offset: u64, len: u64) -> bool {
+        let marks = self.marks.as_ref();
+        marks.is_some_and(|marks| marks.first_in(&(offset..offset + len)).is_some())
+    }
+
+    /// What was written can be read.
+    fn unmark(&self, offset: u64, len: u64) -> Result<(), Error> {
+        match &self.marks {
+            Some(marks) if self.is_marked(offset, len) => {
+                marks.change(|list| list.without(&(offset..offset + len)))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Which file it is.
@@ -83,7 +103,10 @@ impl Node for FileNode {
         self.driver
     }
 
-    fn resolve(&self, offset: u64, _len: u64, _access: Access) -> Option<Resolved<'_>> {
+    fn resolve(&self, offset: u64, len: u64, _access: Access) -> Option<Resolved<'_>> {
+        if self.is_marked(offset, len) {
+            return None;
+        }
         Some(Resolved::fixed(&self.file, offset))
     }
 
@@ -93,6 +116,9 @@ impl Node for FileNode {
 
     fn read<'a>(&'a self, _lane: &'a Lane, buf: IoBuf, offset: u64, _cross: CrossZone) -> Request<'a, ()> {
         Box::pin(async move {
+            if let Some(marks) = &self.marks {
+                marks.check_readable(offset..offset + buf.len() as u64)?;
+            }
             self.file
                 .read(buf, offset)
                 .await
@@ -102,10 +128,12 @@ impl Node for FileNode {
 
     fn write<'a>(&'a self, _lane: &'a Lane, buf: IoBuf, offset: u64) -> Request<'a, ()> {
         Box::pin(async move {
+            let len = buf.len() as u64;
             self.file
                 .write(buf, offset)
                 .await
-                .map_err(|e| Error::io("write", &e))
+                .map_err(|e| Error::io("write", &e))?;
+            self.unmark(offset, len)
         })
     }
 
@@ -114,15 +142,45 @@ impl Node for FileNode {
     }
 
     fn write_zeroes<'a>(&'a self, _lane: &'a Lane, offset: u64, len: u64, unmap: bool) -> Request<'a, ()> {
-        Box::pin(async move { zero(&self.file, offset, len, unmap).await })
+        Box::pin(async move {
+            zero(&self.file, offset, len, unmap).await?;
+            self.unmark(offset, len)
+        })
     }
 
-    fn discard<'a>(&'a self, _lane: &'a Lane, offset: u64, len: u64) -> Request<'a, ()> {
-        Box::pin(discard(&self.file, offset, len))
+    fn mark_uncorrectable<'a>(&'a self, _lane: &'a Lane, offset: u64, len: u64) -> Request<'a, ()> {
+        Box::pin(async move {
+            match &self.marks {
+                Some(marks) => marks.change(|list| list.with(offset..offset + len)),
+                None => Err(Error::NotSupported("marking blocks uncorrectable")),
+            }
+        })
+    }
+
+    fn marks(&self) -> Option<&Marks> {
+        self.marks.as_ref()
+    }
+
+    fn discard<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64) -> Request<'a, ()> {
+        Box::pin(async move {
+            if self.is_marked(offset, len) {
+                // What was marked must not read as before.
+                return self.write_zeroes(lane, offset, len, true).await;
+            }
+            discard(&self.file, offset, len).await
+        })
     }
 
     fn map<'a>(&'a self, offset: u64, len: u64) -> Request<'a, MapExtent> {
         Box::pin(async move {
+            let marks = self.marks.as_ref();
+            let len = match marks.and_then(|marks| marks.first_in(&(offset..offset + len))) {
+                Some(marked) if marked.start == offset => {
+                    return Ok(MapExtent::unknown(marked.end - offset));
+                }
+                Some(marked) => marked.start - offset,
+                None => len,
+            };
             let (data, len) = extent(&self.file, offset, len);
             Ok(MapExtent {
                 zero: !data,

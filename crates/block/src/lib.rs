@@ -14,6 +14,7 @@ mod host;
 pub mod host_device;
 mod limits;
 mod lock;
+mod marks;
 mod node;
 mod ofd;
 mod qcow2;
@@ -33,6 +34,7 @@ pub use graph::{Graph, OpenOptions, did_you_mean, format_size, parse_size, run_s
 pub use host::{FileId, FileOptions, Host, HostError, OsHost};
 pub use limits::Limits;
 pub use lock::{Conflict, LockMode};
+pub use marks::MarkList;
 pub use node::{Access, CrossZone, Lane, MapExtent, Node, Request, Resolved, Watcher, ZoneOp};
 pub use qcow2::{BackingImage, ImageFormat, Qcow2CreateOptions, Qcow2Created, Qcow2Node, create_qcow2};
 pub use raw::RawNode;

@@ -14,6 +14,7 @@ use zbdkit_zone::{CloseEmpty, Engine, Filter, Recommendation, SlotPool, ZoneInfo
 
 use crate::error::Error;
 use crate::limits::Limits;
+use crate::marks::Marks;
 use crate::qcow2::Qcow2Node;
 
 /// A request on its way through a node. Requests of the hot path do not box: see [`Node::resolve`].
@@ -282,6 +283,18 @@ pub trait Node: Send + Sync {
 
     /// Makes the range read as zeros; `unmap` allows to give its space back.
     fn write_zeroes<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64, unmap: bool) -> Request<'a, ()>;
+
+    /// Marks the range's blocks: their reads fail with [`Error::Uncorrectable`] until they are written again, also by
+    /// [`Node::write_zeroes`], or their zone is reset. In a sequential zone it is a write, which moves the pointer. Kept as
+    /// long as the image is, once acknowledged; above a write pointer as long as a write there would be.
+    fn mark_uncorrectable<'a>(&'a self, _lane: &'a Lane, _offset: u64, _len: u64) -> Request<'a, ()> {
+        Box::pin(async { Err(Error::NotSupported("marking blocks uncorrectable")) })
+    }
+
+    /// The blocks that are marked so; `None` where none can be.
+    fn marks(&self) -> Option<&Marks> {
+        None
+    }
 
     /// The range's contents are not needed any more: they may read as zeros or as before.
     fn discard<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64) -> Request<'a, ()>;

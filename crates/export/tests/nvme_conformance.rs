@@ -11,8 +11,11 @@ use zbdkit_block::{
     create_qcow2,
 };
 use zbdkit_io::{Runtime, RuntimeOptions};
+use zbdkit_spec::nvme::Status;
+use zbdkit_spec::nvme::nvm::Opcode;
+use zbdkit_spec::nvme::zns::{SendAction, SendCdw13};
 use zbdkit_testkit::conformance;
-use zbdkit_testkit::nvme::{Driver, NvmeNode};
+use zbdkit_testkit::nvme::{Driver, Entry, NvmeNode};
 
 /// 12 zones of 1 MiB, three quarters of each writable; 3 may be open, 5 active, 2 have a random write area; with extensions.
 const ZONED: &str = "driver=zoned,file.driver=memory,file.size=12M,zone.mode=host-managed,zone.size=1M,\
@@ -118,4 +121,47 @@ fn qcow2_conforms_through_the_controller() {
         options.zones = Some(image(&path));
         create_qcow2(host, &options).await.unwrap();
     }));
+}
+
+#[test]
+fn what_a_host_marks_cannot_be_read_after_a_restart_either() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("zones.raw");
+    let mut device = opened(&path, async |host| {
+        create(host, &image(&path)).await.unwrap();
+    });
+    for start in 0..3 {
+        let rig = Rig::over(device, |_| {});
+        let mut driver = rig.driver();
+        driver.enable();
+        driver.make_io_queues(1);
+        let mut on = |opcode, block| driver.io(1, Entry::rw(opcode, block, 8));
+        if start == 0 {
+            assert_eq!(on(Opcode::WRITE_ZEROES, 0), Status::SUCCESS);
+            assert_eq!(on(Opcode::WRITE_UNCORRECTABLE, 0), Status::ZONE_INVALID_WRITE);
+            assert_eq!(on(Opcode::WRITE_UNCORRECTABLE, 8), Status::SUCCESS);
+            assert_eq!(on(Opcode::WRITE_ZEROES, 16), Status::SUCCESS);
+        }
+        for (block, expected) in [
+            (0, Status::SUCCESS),
+            (8, Status::UNRECOVERED_READ_ERROR),
+            (15, Status::UNRECOVERED_READ_ERROR),
+            (16, Status::SUCCESS),
+        ] {
+            assert_eq!(
+                on(Opcode::VERIFY, block),
+                expected,
+                "start {start}, block {block}"
+            );
+        }
+        if start == 2 {
+            let reset = Entry::zone_send(SendAction::RESET, 0, SendCdw13::new());
+            assert_eq!(driver.io(1, reset), Status::SUCCESS);
+            assert_eq!(driver.io(1, Entry::rw(Opcode::VERIFY, 8, 8)), Status::SUCCESS);
+        }
+        drop(driver);
+        drop(rig);
+        device = opened(&path, async |_| {});
+    }
+    assert!(device.marks().is_empty());
 }

@@ -63,6 +63,11 @@ pub enum IoCommand {
         /// Durable before it completes.
         fua: bool,
     },
+    /// Write Uncorrectable.
+    WriteUncorrectable {
+        /// What cannot be read any more.
+        blocks: Blocks,
+    },
     /// Dataset Management.
     DatasetManagement {
         /// Ranges that the data has, 1 to 256.
@@ -135,6 +140,7 @@ impl IoCommand {
                 deallocate: rw.deac(),
                 fua,
             },
+            Opcode::WRITE_UNCORRECTABLE => IoCommand::WriteUncorrectable { blocks },
             // Dword 10, 0-based.
             Opcode::DATASET_MANAGEMENT => IoCommand::DatasetManagement {
                 ranges: (entry.cdw10.get() as u8).into_count(),

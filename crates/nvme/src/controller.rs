@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use zbdkit_spec::nvme::Status;
-use zbdkit_spec::nvme::base::MIN_PAGE_BYTES;
+use zbdkit_spec::nvme::base::{Csi, MIN_PAGE_BYTES};
 use zbdkit_spec::nvme::command::SubmissionEntry;
 use zbdkit_spec::nvme::controller::{
     CSS_ADMIN_ONLY, CSS_ALL, CSS_NVM, Cap, Cc, Crto, Csts, SHST_COMPLETE, SHST_NORMAL, SHST_OCCURRING,
@@ -357,11 +357,13 @@ impl Controller {
     }
 
     pub(crate) fn log_error(&self, sqid: u16, entry: &SubmissionEntry, failure: &Failure) {
-        let csi = self
-            .subsystem
-            .namespace(entry.nsid.get())
-            .map_or(0, |namespace| namespace.csi().0);
-        self.errors().add(sqid, entry, csi, failure);
+        let namespace = self.subsystem.namespace(entry.nsid.get());
+        let csi = namespace.map_or(0, |namespace| namespace.csi().0);
+        let lba = match (namespace, failure.offset) {
+            (Some(namespace), Some(offset)) => offset >> namespace.block_shift(),
+            _ => entry.slba(),
+        };
+        self.errors().add(sqid, entry, csi, lba, failure);
     }
 
     pub(crate) fn errors(&self) -> MutexGuard<'_, ErrorLog> {
@@ -380,6 +382,14 @@ impl Controller {
         self.subsystem
             .namespace(nsid)
             .filter(|namespace| self.is_active(namespace))
+    }
+
+    /// Whether blocks of some namespace can be marked uncorrectable, of that command set alone if one is given.
+    pub(crate) fn marks_blocks(&self, csi: Option<Csi>) -> bool {
+        self.subsystem
+            .namespaces()
+            .iter()
+            .any(|namespace| csi.is_none_or(|csi| csi == namespace.csi()) && namespace.device.keeps_marks())
     }
 
     /// Whether a namespace's command set is enabled.

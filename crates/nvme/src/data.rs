@@ -1,7 +1,9 @@
-//! The rarer commands on data (NVM Command Set 1.1, 3): Flush, Compare, Verify, Write Zeroes, Dataset Management.
+//! The rarer commands on data (NVM Command Set 1.1, 3): Flush, Compare, Verify, Write Zeroes, Write Uncorrectable, Dataset
+//! Management.
 
 use std::ops::Range;
 
+use zbdkit_block::Error;
 use zbdkit_io::IoBuf;
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::command::NSID_ALL;
@@ -88,6 +90,21 @@ impl<T: Transfer> Request<'_, T> {
         let result = namespace.device.write_zeroes(lane, offset, len, deallocate).await;
         result.map_err(|error| failure(&error, Kind::Write))?;
         self.make_durable(namespace, lane, fua).await?;
+        Ok(0)
+    }
+
+    /// Reads of the blocks fail until they are written again. In a zone it is a write as any other.
+    pub(crate) async fn write_uncorrectable(&self, blocks: Blocks) -> Result<u64, Failure> {
+        let (namespace, lane) = self.namespace()?;
+        let (offset, len) = namespace.bytes(blocks)?;
+        namespace.check_capacity(offset, len)?;
+        let result = namespace.device.mark_uncorrectable(lane, offset, len).await;
+        result.map_err(|error| match error {
+            // The controller says that it has the command, for another namespace's sake.
+            Error::NotSupported(_) if self.marks_blocks() => Status::INVALID_NAMESPACE_OR_FORMAT.into(),
+            error => failure(&error, Kind::Write),
+        })?;
+        self.make_durable(namespace, lane, false).await?;
         Ok(0)
     }
 

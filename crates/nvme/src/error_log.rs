@@ -32,8 +32,8 @@ impl ErrorLog {
             )
     }
 
-    /// Adds a failure.
-    pub(crate) fn add(&mut self, sqid: u16, entry: &SubmissionEntry, csi: u8, failure: &Failure) {
+    /// Adds a failure, which the logical block `lba` has, if any.
+    pub(crate) fn add(&mut self, sqid: u16, entry: &SubmissionEntry, csi: u8, lba: u64, failure: &Failure) {
         self.count = self.count.saturating_add(1);
         if is_media_error(failure.status) {
             self.media = self.media.saturating_add(1);
@@ -45,7 +45,7 @@ impl ErrorLog {
         error.status = CompletionEntry::status_of(failure.field(), false);
         error.parameter_location = u16::MAX.into();
         if sqid != 0 {
-            error.lba = entry.slba().into();
+            error.lba = lba.into();
         }
         error.nsid = entry.nsid;
         error.csi = csi;

@@ -124,6 +124,11 @@ impl<T: Transfer> Request<'_, T> {
         self.transfer.buffer(self.entry, direction, len).await
     }
 
+    /// Whether some namespace has Write Uncorrectable.
+    pub(crate) fn marks_blocks(&self) -> bool {
+        self.queue.controller.marks_blocks(None)
+    }
+
     /// The right to memory of ours.
     pub(crate) async fn turn(&self) -> Turn<'_> {
         self.queue.turns.take().await
@@ -219,6 +224,7 @@ impl<T: Transfer> Request<'_, T> {
                 deallocate,
                 fua,
             } => self.write_zeroes(blocks, deallocate, fua).await,
+            IoCommand::WriteUncorrectable { blocks } => self.write_uncorrectable(blocks).await,
             IoCommand::DatasetManagement { ranges, deallocate } => {
                 self.dataset_management(ranges, deallocate).await
             }

@@ -48,6 +48,8 @@ pub struct Failure {
     pub dnr: bool,
     /// Command specific: dwords 0 and 1, as in [`Completion`].
     pub result: u64,
+    /// The first byte of the namespace that could not be had, where that is known and not the command's first.
+    pub offset: Option<u64>,
 }
 
 impl Failure {
@@ -57,6 +59,7 @@ impl Failure {
             status,
             dnr: false,
             result: 0,
+            offset: None,
         }
     }
 
@@ -66,6 +69,7 @@ impl Failure {
             status,
             dnr: true,
             result: 0,
+            offset: None,
         }
     }
 
@@ -135,6 +139,12 @@ pub(crate) fn failure(error: &Error, kind: Kind) -> Failure {
         Error::Epoch { .. } => Failure::lasting(storage),
         Error::Format(_) => Failure::lasting(Status::INTERNAL_ERROR),
         Error::NotSupported(_) => Failure::lasting(Status::INVALID_OPCODE),
+        Error::Uncorrectable { offset } => Failure {
+            offset: Some(*offset),
+            ..Failure::lasting(Status::UNRECOVERED_READ_ERROR)
+        },
+        // There is no status for a list that is full.
+        Error::TooManyMarks { .. } => Failure::lasting(Status::CAPACITY_EXCEEDED),
         Error::ReadOnly => Failure::lasting(Status::NAMESPACE_WRITE_PROTECTED),
         Error::OutOfRange { .. } => Failure::lasting(Status::LBA_OUT_OF_RANGE),
         Error::Unaligned { .. } => Failure::lasting(Status::INVALID_FIELD),
@@ -282,6 +292,11 @@ mod tests {
         assert_eq!(
             failure(&Error::ReadOnly, Kind::Write).status,
             Status::NAMESPACE_WRITE_PROTECTED
+        );
+        let marked = failure(&Error::Uncorrectable { offset: 4096 }, Kind::Read);
+        assert_eq!(
+            (marked.status, marked.dnr, marked.offset),
+            (Status::UNRECOVERED_READ_ERROR, true, Some(4096))
         );
         assert!(!Failure::from(Status::ABORT_REQUESTED).dnr);
         assert!(Failure::from(Status::INVALID_FIELD).dnr);

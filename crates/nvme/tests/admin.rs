@@ -38,7 +38,7 @@ fn the_controller_says_what_it_is() {
     assert_eq!(&data.subnqn[..30], b"nqn.2026-11.org.example:test\0\0");
     // Everything that is claimed there is below: Format, no doorbell buffers, no namespace management.
     assert_eq!(data.oacs.get(), 1 << 1);
-    assert_eq!(data.oncs.get(), 0b1_1101_1101);
+    assert_eq!(data.oncs.get(), 0b1_1101_1111);
     assert_eq!(data.oaes.get(), 1 << 8 | 1 << 27);
     host.must_work();
 }

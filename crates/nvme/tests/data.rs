@@ -33,6 +33,8 @@ fn memory_is_asked_for_once_with_the_right_length_and_direction() {
         (Opcode::COMPARE, Some((Direction::HostToController, 8 * BLOCK))),
         (Opcode::WRITE_ZEROES, None),
         (Opcode::VERIFY, None),
+        // Last: what is marked cannot be read.
+        (Opcode::WRITE_UNCORRECTABLE, None),
         (Opcode::FLUSH, None),
     ];
     for (opcode, asked) in cases {
@@ -74,6 +76,7 @@ fn ranges_end_inside_the_namespace() {
         Opcode::COMPARE,
         Opcode::VERIFY,
         Opcode::WRITE_ZEROES,
+        Opcode::WRITE_UNCORRECTABLE,
     ] {
         for (nsid, end) in [(PLAIN_NSID, BLOCKS), (ZONED_NSID, ZONES * ZONE)] {
             for (lba, count) in [(end - 1, 2), (end, 1), (u64::MAX, 1), (u64::MAX - 65535, 65536)] {
@@ -124,7 +127,7 @@ fn transfers_are_no_longer_than_the_limit() {
 fn a_namespace_that_is_not_there_is_refused() {
     let host = Host::new();
     for nsid in [0, 3, 0x8000_0000, NSID_ALL] {
-        for opcode in [0x01, 0x02, 0x05, 0x08, 0x09, 0x0c, 0x19, 0x79, 0x7a, 0x7d] {
+        for opcode in [0x01, 0x02, 0x04, 0x05, 0x08, 0x09, 0x0c, 0x19, 0x79, 0x7a, 0x7d] {
             let mut command = rw(opcode, nsid, 0, 1);
             command.cdw13 = u32::from(opcode == 0x79).into();
             assert_eq!(
@@ -147,8 +150,8 @@ fn a_namespace_that_is_not_there_is_refused() {
 #[test]
 fn unknown_opcodes_and_fused_commands_are_refused() {
     let host = Host::new();
-    // Write Uncorrectable, reservations, I/O management, what no specification names.
-    for opcode in [0x04, 0x0d, 0x0e, 0x11, 0x12, 0x15, 0x1d, 0x03, 0x80, 0xff] {
+    // Reservations, I/O management, what no specification names.
+    for opcode in [0x0d, 0x0e, 0x11, 0x12, 0x15, 0x1d, 0x03, 0x80, 0xff] {
         assert_eq!(
             host.send(entry(opcode, PLAIN_NSID), &[]),
             Status::INVALID_OPCODE,

@@ -13,7 +13,7 @@ use zerocopy::FromBytes;
 fn entries() -> impl Strategy<Value = SubmissionEntry> {
     let opcode = prop_oneof![
         any::<u8>(),
-        prop::sample::select(vec![0, 1, 2, 5, 8, 9, 0x0c, 0x19, 0x79, 0x7a, 0x7d]),
+        prop::sample::select(vec![0, 1, 2, 4, 5, 8, 9, 0x0c, 0x19, 0x79, 0x7a, 0x7d]),
         prop::sample::select(vec![2, 6, 8, 9, 0x0a, 0x18, 0x80]),
     ];
     let nsid = prop_oneof![any::<u32>(), Just(ZONED_NSID), Just(PLAIN_NSID), Just(u32::MAX)];

@@ -34,4 +34,5 @@ pub use create::{Layout, Preallocation, create, create_with};
 pub use error::Error;
 pub use header::{Compression, Extension, Header};
 pub use image::{Access, Backing, Extent, Mapping, Options, Qcow2, Resolved};
+pub use lock::{AsyncGuard, AsyncMutex};
 pub use snapshot::{Snapshot, read_snapshots};

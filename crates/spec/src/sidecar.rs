@@ -9,6 +9,7 @@
 //! 12288        table block 0, copy 1
 //! 16384        table block 1, copy 0     ...
 //! then         slots of zone descriptor extensions, one a zone, where the device has extensions
+//! then         the list of marks, copy 0 and copy 1 ([`MARKS_COPY`] bytes each), once a block was marked
 //! ```
 //!
 //! Header and blocks are written alternately to their two copies (generation modulo 2), each copy with a CRC-32C
@@ -17,6 +18,9 @@
 //!
 //! An extension is never overwritten while an entry speaks of it, so a slot has no second copy: its bytes are synced before
 //! the entry is written that has their checksum.
+//!
+//! Marks are blocks whose reads fail (NVMe: Write Uncorrectable). Their list is written as blocks are, and the header says
+//! where it lies.
 //!
 //! The run state holds one 64-bit word a zone behind a 4096-byte header; it is only believed where the header
 //! names the same boot, image, epoch and files (see [`RunHeader`]).
@@ -40,6 +44,8 @@ pub const RUN_MAGIC: [u8; 8] = *b"ZBDRUNST";
 pub const VERSION: u32 = 1;
 /// The version of sidecars of devices with zone random write areas or descriptor extensions.
 pub const VERSION_ZNS: u32 = 2;
+/// The version of sidecars with a list of marks ([`Header::marks_offset`]); they may have what [`VERSION_ZNS`] has.
+pub const VERSION_MARKS: u32 = 3;
 
 /// An epoch is open: its run state (or, failing that, the table) tells the written ends.
 pub const OPEN: u8 = 1;
@@ -64,7 +70,7 @@ pub struct FileStamp {
 pub struct Header {
     /// [`MAGIC`].
     pub magic: [u8; 8],
-    /// [`VERSION`] or [`VERSION_ZNS`].
+    /// [`VERSION`], [`VERSION_ZNS`] or [`VERSION_MARKS`].
     pub version: U32,
     /// CRC-32C of the copy's 4096 bytes with this field zero.
     pub crc: U32,
@@ -116,7 +122,11 @@ pub struct Header {
     /// [`ZNS_EXPLICIT_COMMIT`]; other bits zero.
     pub zns_flags: u8,
     /// Zero.
-    pub reserved: [u8; 31],
+    pub reserved: [u8; 7],
+    /// Where the list of marks lies, bytes from the beginning of the file; 0 in versions before [`VERSION_MARKS`].
+    pub marks_offset: U64,
+    /// Zero.
+    pub reserved2: [u8; 16],
     /// Path of the run state, not terminated.
     pub place: [u8; 1024],
     /// Zero.
@@ -129,6 +139,42 @@ pub const ZNS_EXPLICIT_COMMIT: u8 = 1;
 /// Slots of descriptor extensions are whole multiples of this many bytes, so that one can be written whatever alignment
 /// direct I/O demands. What is behind the extension in its slot is zeros.
 pub const EXTENSION_SLOT: u32 = BLOCK as u32;
+
+/// First bytes of a list of marks.
+pub const MARKS_MAGIC: [u8; 8] = *b"ZBDMARKS";
+/// Bytes from one copy of the list of marks to the next, and of the last one.
+pub const MARKS_COPY: u64 = 1 << 16;
+/// Most ranges in a list of marks.
+pub const MAX_MARKS: usize = (MARKS_COPY as usize - size_of::<MarksHead>()) / size_of::<Mark>();
+
+/// Head of one copy of the list of marks; [`Mark`]s follow it, ascending, with gaps between them.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct MarksHead {
+    /// [`MARKS_MAGIC`].
+    pub magic: [u8; 8],
+    /// CRC-32C of the head with this field zero and of the marks.
+    pub crc: U32,
+    /// How many marks follow, at most [`MAX_MARKS`].
+    pub count: U32,
+    /// Counts the writes of the list; the valid copy with the larger one is current. It lies in copy `generation` modulo 2.
+    pub generation: U64,
+    /// UUID of the image.
+    pub uuid: [u8; 16],
+    /// Zero.
+    pub reserved: [u8; 24],
+}
+const _: () = assert!(size_of::<MarksHead>() == 64);
+
+/// A range of marked blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Mark {
+    /// First byte on the device.
+    pub start: U64,
+    /// The byte behind the last one.
+    pub end: U64,
+}
 
 /// One zone in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -250,7 +296,11 @@ mod tests {
         assert_eq!(offset_of!(Header, zrwa_count), 160);
         assert_eq!(offset_of!(Header, extension_size), 164);
         assert_eq!(offset_of!(Header, zns_flags), 168);
+        assert_eq!(offset_of!(Header, marks_offset), 176);
         assert_eq!(offset_of!(Header, place), 200);
+        assert_eq!(offset_of!(MarksHead, generation), 16);
+        assert_eq!(offset_of!(MarksHead, uuid), 24);
+        assert_eq!(MAX_MARKS, 4092);
         assert_eq!(offset_of!(Entry, flags), 24);
         assert_eq!(offset_of!(Entry, attributes), 25);
         assert_eq!(offset_of!(Entry, extension_crc), 28);

@@ -175,6 +175,13 @@ async fn inherit(base: &Device, size: u64) -> Result<Known, CreateError> {
             geometry.size()
         )));
     }
+    if let Some(marked) = base.marks().ranges().first() {
+        return Err(CreateError::Refused(format!(
+            "the backing image has blocks that are marked uncorrectable, the first at offset {}, which an overlay would show \
+             as zeros: write them again, or reset their zones, first",
+            marked.start
+        )));
+    }
     let records: Records = geometry
         .zones()
         .map(|zone| (zone.0, engine.record(zone)))

@@ -22,11 +22,11 @@ use super::node::Qcow2Node;
 use super::ours::{self, Ours};
 use super::words;
 use super::zones::{self, Known};
-use crate::check::{ZoneCheck, data_end, drop_extensions, tell, tell_forgotten};
+use crate::check::{ZoneCheck, data_end, drop_extensions, tell, tell_forgotten, tell_lost_marks};
 use crate::host::Host;
 use crate::zoned::{
-    Finding, Mirror, Records, Salvaged, Slots, Table, bare_words, is_beyond_bare_tables, read_at, spec_of,
-    table_size, zones_of,
+    Finding, Mirror, Records, Salvaged, Slots, Table, bare_words, is_beyond_bare_tables, marks_place,
+    read_at, spec_of, table_size, zones_of,
 };
 
 use self::snapshots::Snapshots;
@@ -109,6 +109,11 @@ impl Look {
         if ours.snapshots != (0, 0) {
             areas.push((range(ours.snapshots), "directory of zone tables"));
         }
+        if let Ok(area) = &self.area {
+            let marks = marks_place(area.table.header(), area.table.base());
+            let marks = marks.ok().flatten();
+            areas.extend(marks.map(|marks| (range(marks), zones::MARKS_NAME)));
+        }
         if let Ok(directory) = &self.directory {
             let frozen = directory.entries.iter();
             areas.extend(frozen.map(|frozen| (range(frozen.table), "zone table of a snapshot")));
@@ -118,7 +123,8 @@ impl Look {
 
     /// Whether those are all.
     pub fn knows_areas(&self) -> bool {
-        !self.trusted || (self.ours.is_some() && self.directory.is_ok())
+        // The area names the list of marked blocks.
+        !self.trusted || (self.ours.is_some() && self.directory.is_ok() && self.area.is_ok())
     }
 
     /// What is wrong, in words.
@@ -264,6 +270,7 @@ impl Look {
                 _ => {}
             }
         }
+        tell_lost_marks(&findings, found);
         if !findings.is_empty() {
             let mended = table.mend(&findings, &records).await;
             mended.map_err(|e| e.to_string())?;

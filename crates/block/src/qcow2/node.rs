@@ -283,6 +283,10 @@ impl Holder for Qcow2Node {
             Ok(())
         })
     }
+
+    fn allocate<'a>(&'a self, len: u64) -> Request<'a, u64> {
+        Box::pin(async move { Ok(self.image.allocate_area(len).await?) })
+    }
 }
 
 /// A node as what lies below an image: its bytes, whatever its zones say of them.

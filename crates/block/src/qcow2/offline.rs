@@ -19,6 +19,8 @@ use crate::device::Device;
 use crate::error::Error;
 use crate::graph::format_size;
 use crate::host::FileId;
+use crate::marks::Marks;
+use crate::node::Node;
 use crate::zoned::{Records, Table, ZonedNode, is_beyond_bare_tables};
 
 impl Device {
@@ -111,6 +113,18 @@ impl<'a> Offline<'a> {
         })
     }
 
+    /// A list of marked blocks is the image's as it is now: no other table has one.
+    fn refuse_marks(&self, what: &str) -> Result<(), Error> {
+        match self.zoned.marks().map(Marks::list) {
+            Some(list) if !list.is_empty() => Err(zones::refused(format!(
+                "{what} while blocks are marked uncorrectable, the first at offset {}: write them again, or reset their \
+                 zones, first",
+                list.ranges()[0].start
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     fn image(&self) -> &Qcow2 {
         self.node.image()
     }
@@ -129,6 +143,7 @@ impl<'a> Offline<'a> {
     }
 
     async fn create(&self, name: &str, now: SystemTime) -> Result<Snapshot, Error> {
+        self.refuse_marks("no snapshot can be made")?;
         self.drop_ahead().await?;
         let id = self.image().next_snapshot_id().await?;
         let known = Known {
@@ -261,6 +276,7 @@ impl<'a> Offline<'a> {
     }
 
     async fn resize(&self, size: u64, shrink: bool, preallocation: Preallocation) -> Result<(), Error> {
+        self.refuse_marks("the size cannot be changed")?;
         let mut known = resized(self.geometry(), self.records(), size).map_err(zones::refused)?;
         known.slots = self.zoned.slots().cloned();
         extension::expressible(&known.geometry, self.image().cluster_size()).map_err(zones::refused)?;
@@ -304,6 +320,9 @@ impl<'a> Offline<'a> {
         }
         self.zoned.end_epoch();
         zones::free(image, self.ours.area).await;
+        if let Some(marks) = self.described.marks {
+            zones::free(image, marks).await;
+        }
         let bare = &self.described.zones;
         zones::free(image, (bare.table_offset, bare.table_len())).await;
         Ok(image.flush().await?)

@@ -26,9 +26,11 @@ use crate::host::{FileId, Host};
 use crate::node::Node;
 use crate::zoned::{
     Inside, Loaded, Mirror, Place, Records, RunStateMode, Slots, Table, TableError, ZonedNode, bare_words,
-    extension_size, new_header, read_at, spec_of, table_size, write_at, zns_of,
+    extension_size, marks_place, new_header, read_at, spec_of, table_size, write_at, zns_of,
 };
 
+/// What the clusters of a list of marked blocks are called.
+pub const MARKS_NAME: &str = "list of marked blocks";
 /// Logical block size of an image that does not say its own: what every writer of such images may have used.
 const FOREIGN_BLOCK_SIZE: u32 = 512;
 
@@ -40,6 +42,8 @@ pub struct Described {
     pub ours: Option<Ours>,
     /// The snapshots' zone tables, if they may be believed.
     pub directory: Directory,
+    /// Where the zone table has its list of marked blocks: offset and length, bytes.
+    pub marks: Option<(u64, u64)>,
 }
 
 impl Described {
@@ -54,10 +58,19 @@ impl Described {
             Some(ours) => Directory::load(file, ours.snapshots).await?,
             None => Directory::default(),
         };
+        let marks = match &ours {
+            // Where its header cannot be read, the opening fails.
+            Some(ours) => match Table::load_header(file, ours.area.0, ours.area.1).await {
+                Ok(table) => marks_in(header, &table, ours.area.0),
+                Err(_) => None,
+            },
+            None => None,
+        };
         Ok(Some(Described {
             zones,
             ours,
             directory,
+            marks,
         }))
     }
 
@@ -71,6 +84,7 @@ impl Described {
                 areas.push((range(ours.snapshots), "directory of zone tables"));
             }
         }
+        areas.extend(self.marks.map(|marks| (range(marks), MARKS_NAME)));
         let frozen = self.directory.entries.iter();
         areas.extend(frozen.map(|frozen| (range(frozen.table), "zone table of a snapshot")));
         areas
@@ -131,12 +145,19 @@ impl Described {
             && header.zone_size.get() == zones.zone_size
             && header.zone_capacity.get() == zones.zone_capacity
             && header.nr_conventional.get() == zones.conventional
-            && zones.draft == Draft::C;
+            && zones.draft == Draft::C
+            && self.marks == marks_place(header, ours.area.0).ok().flatten();
         match agrees {
             true => Ok(loaded),
             false => Err(contradiction()),
         }
     }
+}
+
+/// Where a table in an area has its list of marked blocks, if it is a place for tables.
+fn marks_in(header: &Header, table: &sidecar::Header, area: u64) -> Option<(u64, u64)> {
+    let place = marks_place(table, area).ok().flatten();
+    place.filter(|(offset, _)| *offset != 0 && offset.is_multiple_of(header.cluster_size()))
 }
 
 /// What the zones of an image are, by whichever of its tables is the truth.
@@ -372,6 +393,7 @@ async fn upgrade(
         zones,
         ours: Some(ours),
         directory: Directory::default(),
+        marks: None,
     };
     Ok((described, ours, told))
 }

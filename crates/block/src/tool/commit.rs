@@ -11,7 +11,7 @@ use zbdkit_io::IoBuf;
 use zbdkit_zone::{ZoneNo, ZoneRecord, ZoneType};
 
 use super::zones::{check_records, copy_extensions, install, misfit};
-use super::{CHUNK, Progress, ToolError, fetch, store, zero};
+use super::{CHUNK, Progress, ToolError, fetch, refuse_marks, store, zero};
 use crate::device::Device;
 use crate::node::Lane;
 
@@ -79,6 +79,10 @@ enum Layer<'a> {
 impl<'a> Commit<'a> {
     fn check(&self) -> Result<(), ToolError> {
         let refused = |why: String| Err(ToolError::Refused(why));
+        for layer in self.layers {
+            refuse_marks(layer, "the image")?;
+        }
+        refuse_marks(self.base, "the base")?;
         let (size, room) = (self.size, self.base.limits().size);
         if self.base.limits().read_only {
             return refused("the base is open read-only".into());
@@ -185,7 +189,7 @@ impl<'a> Commit<'a> {
     async fn copy_bytes(&self, device: &Device, range: Range<u64>) -> Result<(), ToolError> {
         for at in range.clone().step_by(CHUNK as usize) {
             let buf = self.buf.slice(0..(range.end - at).min(CHUNK) as usize);
-            fetch(device.below(), &buf, at).await?;
+            fetch(device, &buf, at).await?;
             store(self.base, buf, at).await?;
             (self.progress)(at, self.size);
         }

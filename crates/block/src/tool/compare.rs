@@ -162,7 +162,7 @@ impl Pair<'_> {
     async fn first_data(&self, device: &Device, start: u64, len: u64) -> Result<Option<u64>, ToolError> {
         for (at, len) in chunks(start, len) {
             let buf = self.buffers[0].slice(0..len);
-            fetch(device.below(), &buf, at).await?;
+            fetch(device, &buf, at).await?;
             if let Some(run) = data_runs(&buf, 512).first() {
                 return Ok(Some(at + run.start as u64));
             }
@@ -174,8 +174,8 @@ impl Pair<'_> {
         for (at, len) in chunks(start, len) {
             let [a, b] = [&self.buffers[0], &self.buffers[1]].map(|buf| buf.slice(0..len));
             let both = vec![
-                Box::pin(fetch(self.a.below(), &a, at)) as Worker<'_, ToolError>,
-                Box::pin(fetch(self.b.below(), &b, at)),
+                Box::pin(fetch(self.a, &a, at)) as Worker<'_, ToolError>,
+                Box::pin(fetch(self.b, &b, at)),
             ];
             all(both).await?;
             if let Some(position) = first_difference(&a, &b) {

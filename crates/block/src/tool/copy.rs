@@ -10,7 +10,7 @@ use zbdkit_zone::ZoneType;
 use super::bytes::{data_runs, differing_clusters, first_difference, is_zero};
 use super::work::{Turns, Worker, all};
 use super::zones::{Plan, ZoneEnds};
-use super::{CHUNK, Contents, CopiedZones, Progress, ToolError, cluster_size, fetch, store};
+use super::{CHUNK, Contents, CopiedZones, Progress, ToolError, cluster_size, fetch, refuse_marks, store};
 use crate::device::Device;
 use crate::error::Error;
 
@@ -139,6 +139,7 @@ impl<'a> Copy<'a> {
         if target.limits().read_only {
             return Err(ToolError::Refused("the target is open read-only".into()));
         }
+        refuse_marks(target, "the target")?;
         let compressor = if options.compress {
             let refused = || ToolError::Refused("Compression not supported for this file format".into());
             Some(target.qcow2().ok_or_else(refused)?)
@@ -287,7 +288,7 @@ impl<'a> Copy<'a> {
             changes.push(Change::Bytes(at, buf.clone()));
             return Ok(());
         }
-        fetch(self.source.below(), buf, at).await?;
+        fetch(self.source, buf, at).await?;
         let position = |offset: usize| at + offset as u64;
         match self.options.target {
             TargetHolds::Backing { .. } => {

@@ -29,7 +29,7 @@ use zbdkit_qcow2::Qcow2;
 
 use crate::device::Device;
 use crate::error::Error;
-use crate::node::{CrossZone, Lane, MapExtent, Node};
+use crate::node::{CrossZone, Lane, MapExtent};
 
 /// Bytes of one step of a tool; a multiple of every cluster size.
 const CHUNK: u64 = 2 << 20;
@@ -65,10 +65,30 @@ impl ToolError {
     }
 }
 
-/// Fills `buf` with bytes that are known to be there, from `offset` of a node on.
-async fn fetch(node: &dyn Node, buf: &IoBuf, offset: u64) -> Result<(), ToolError> {
+/// That no block of an image is marked uncorrectable, whose bytes are to be moved below its zones.
+fn refuse_marks(device: &Device, what: &str) -> Result<(), ToolError> {
+    match device.marks().ranges().first() {
+        None => Ok(()),
+        Some(marked) => Err(ToolError::Refused(format!(
+            "{what} has blocks that are marked uncorrectable, the first at offset {}: write them again, or reset their zones, \
+             first",
+            marked.start
+        ))),
+    }
+}
+
+/// Fills `buf` with bytes that are known to be there, from `offset` of an image on, below its zones.
+async fn fetch(device: &Device, buf: &IoBuf, offset: u64) -> Result<(), ToolError> {
     let lane = Lane::new(None, 0);
-    let read = node.read(&lane, buf.clone(), offset, CrossZone::Allow).await;
+    let read = match device.check_readable(offset..offset + buf.len() as u64) {
+        Ok(()) => {
+            device
+                .below()
+                .read(&lane, buf.clone(), offset, CrossZone::Allow)
+                .await
+        }
+        Err(error) => Err(error),
+    };
     read.map_err(ToolError::request("reading", offset))
 }
 
@@ -147,7 +167,7 @@ impl<'a> Contents<'a> {
             if zero {
                 buf.fill(range, 0);
             } else {
-                fetch(self.device.below(), &buf.slice(range), at).await?;
+                fetch(self.device, &buf.slice(range), at).await?;
             }
         }
         Ok(())

@@ -5,7 +5,7 @@ use std::ops::Range;
 use zbdkit_io::IoBuf;
 
 use super::bytes::{differing_clusters, is_zero};
-use super::{CHUNK, Contents, Progress, ToolError, cluster_size, store, zero};
+use super::{CHUNK, Contents, Progress, ToolError, cluster_size, refuse_marks, store, zero};
 use crate::device::Device;
 
 /// Copies into `overlay` what it has from its backing image now and would read differently over `new` (over nothing if
@@ -24,6 +24,10 @@ pub async fn rebase(
 ) -> Result<u64, ToolError> {
     if overlay.limits().read_only {
         return Err(ToolError::Refused("the image is open read-only".into()));
+    }
+    refuse_marks(overlay, "the image")?;
+    if let Some(new) = new {
+        refuse_marks(new, "the backing image")?;
     }
     let cluster = cluster_size(overlay);
     let present = overlay.backing().and_then(|backing| backing.node.as_ref());

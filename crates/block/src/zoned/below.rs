@@ -1,5 +1,7 @@
 //! What tools do below the zones: they see what the bytes consist of, copy them in any order, and install zone records.
 
+use std::ops::Range;
+
 use zbdkit_zone::{RecordError, ZoneNo, ZoneRecord};
 
 use super::{Durability, ZonedNode};
@@ -22,11 +24,11 @@ impl ZonedNode {
         let zone = geometry.zone_of(offset);
         if geometry.is_conventional(zone) {
             let conventional = geometry.start(ZoneNo(geometry.nr_conventional()));
-            return self.child.map(offset, end.min(conventional) - offset).await;
+            return self.map_data(offset..end.min(conventional)).await;
         }
         let data_end = geometry.data_end(zone, &self.engine.record(zone));
         if offset < data_end {
-            return self.child.map(offset, end.min(data_end) - offset).await;
+            return self.map_data(offset..end.min(data_end)).await;
         }
         let with_data = (zone.0 + 1..geometry.nr_zones())
             .map(ZoneNo)
@@ -34,6 +36,18 @@ impl ZonedNode {
             .find(|zone| geometry.data_end(*zone, &self.engine.record(*zone)) != geometry.start(*zone));
         let zeros_end = with_data.map_or(end, |zone| geometry.start(zone));
         Ok(MapExtent::zeros(zeros_end - offset))
+    }
+
+    /// The child's extents; marked blocks are something that must be read, which fails.
+    async fn map_data(&self, range: Range<u64>) -> Result<MapExtent, Error> {
+        let end = match self.marks.first_in(&range) {
+            Some(marked) if marked.start == range.start => {
+                return Ok(MapExtent::unknown(marked.end - marked.start));
+            }
+            Some(marked) => marked.start,
+            None => range.end,
+        };
+        self.child.map(range.start, end - range.start).await
     }
 
     /// Puts records in the place of what zones hold: the child's bytes are made durable, then the records, then they

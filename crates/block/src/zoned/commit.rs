@@ -13,9 +13,10 @@ use zbdkit_zone::{Engine, ZoneNo, ZoneRecord};
 use super::mirror::{Mirror, is_beyond_bare_tables};
 use super::open::Holder;
 use super::rounds::Rounds;
-use super::table::{Table, TableError};
+use super::table::{MARKS_LEN, Table, TableError};
 use super::waiters::{Waiters, lock};
 use crate::error::{Error, errno_of};
+use crate::marks::MarkList;
 use crate::node::Node;
 
 /// What a round has to make durable.
@@ -26,6 +27,10 @@ pub struct Work {
     flush: bool,
     /// Also the slots of descriptor extensions that were written.
     slots: bool,
+    /// Also what was written to the child.
+    data: bool,
+    /// Also this list of marked blocks.
+    marks: Option<MarkList>,
 }
 
 /// The writer of an image's durable table.
@@ -102,6 +107,15 @@ impl Committer {
     /// told to one sync alone, and if that were another's, the round's own would be believed.
     pub async fn sync_slots(&self, at: &Image<'_>) -> Result<(), Error> {
         self.round(|work| work.slots = true, at).await
+    }
+
+    /// Makes a list of marked blocks durable; before it, where `data` is set, what was written to the child. One at a time.
+    pub async fn keep_marks(&self, list: MarkList, data: bool, at: &Image<'_>) -> Result<(), Error> {
+        let add = |work: &mut Work| {
+            work.data |= data;
+            work.marks = Some(list);
+        };
+        self.round(add, at).await
     }
 
     async fn round(&self, add: impl FnOnce(&mut Work), at: &Image<'_>) -> Result<(), Error> {
@@ -211,8 +225,11 @@ async fn run(work: Work, tables: &mut Tables, at: &Image<'_>) -> Result<(), i32>
         at.engine.clear_dirty(zone);
         changes.insert(zone.0, record);
     }
-    if work.flush {
+    if work.flush || work.data {
         at.child.flush().await.map_err(|error| error.errno())?;
+    }
+    if let Some(list) = &work.marks {
+        keep_marks(tables, list).await?;
     }
     if changes.is_empty() {
         return Ok(());
@@ -223,6 +240,23 @@ async fn run(work: Work, tables: &mut Tables, at: &Image<'_>) -> Result<(), i32>
         holder.mark().await.map_err(|error| error.errno())?;
     }
     write(tables, &changes).await.map_err(|error| table_errno(&error))
+}
+
+async fn keep_marks(Tables { table, holder, .. }: &mut Tables, list: &MarkList) -> Result<(), i32> {
+    let errno = |error: TableError| table_errno(&error);
+    if table.has_marks() {
+        table.write_marks(list).await.map_err(errno)?;
+        return table.sync().await.map_err(errno);
+    }
+    let place = match holder {
+        Some(holder) => {
+            // Programs that know no marks must not read the image, and so write to it, as if there were none.
+            holder.mark().await.map_err(|error| error.errno())?;
+            holder.allocate(MARKS_LEN).await.map_err(|error| error.errno())?
+        }
+        None => table.behind(),
+    };
+    table.add_marks(place, list).await.map_err(errno)
 }
 
 async fn write(tables: &mut Tables, changes: &BTreeMap<u32, ZoneRecord>) -> Result<(), TableError> {

@@ -39,6 +39,8 @@ impl Opening<'_> {
             self.zero_above_pointers().await?;
             self.child.flush().await?;
         }
+        self.settle_marks().await?;
+        let failed = |error| self.place.table_error(error);
         if let Some(mirror) = &mut self.mirror
             && mirror.repair(&self.records).await.map_err(failed)? != 0
         {

@@ -104,7 +104,7 @@ pub fn new_header(geometry: &Geometry, uuid: uuid::Uuid, data: FileId) -> Box<He
 
 /// What only Zoned Namespaces have, as a header says.
 pub fn zns_of(header: &Header) -> Zns {
-    if header.version.get() != VERSION_ZNS {
+    if header.version.get() == VERSION {
         return Zns::NONE;
     }
     let zrwa = Zrwa {

@@ -12,6 +12,7 @@ mod epoch;
 mod extensions;
 mod gaps;
 mod make;
+mod marks;
 mod mirror;
 mod open;
 mod operations;
@@ -34,6 +35,7 @@ use zbdkit_zone::{
 
 use crate::error::Error;
 use crate::limits::Limits;
+use crate::marks::Marks;
 use crate::node::{Access, CrossZone, Lane, MapExtent, Node, Request, Watcher, ZoneOp};
 use commit::{Committer, Image};
 use extensions::Extensions;
@@ -47,10 +49,11 @@ pub use open::{ImageStatus, RunStateMode, ZonedOptions};
 pub use place::default_sidecar;
 pub(crate) use place::{Place, host_error};
 pub(crate) use table::{
-    Finding, Loaded, Salvaged, Table, TableError, drop_damaged, extension_size, read_at, table_size,
-    write_at, zones_of,
+    Finding, Loaded, Salvaged, Table, TableError, drop_damaged, extension_size, marks_place, read_at,
+    table_size, write_at, zones_of,
 };
-use waiters::{Waiters, lock};
+use waiters::Waiters;
+pub(crate) use waiters::lock;
 
 /// Zones over a conventional child.
 pub struct ZonedNode {
@@ -63,6 +66,7 @@ pub struct ZonedNode {
     gaps: Gaps,
     durability: Durability,
     extensions: Extensions,
+    marks: Marks,
     status: Option<ImageStatus>,
     watchers: Mutex<Vec<Watcher>>,
 }
@@ -149,8 +153,10 @@ impl ZonedNode {
             .admit(|| self.engine.admit_read(offset, buf.len() as u64))
             .await?;
         let data = permit.data_len() as usize;
+        let readable = self.marks.check_readable(offset..offset + permit.data_len());
         let result = match data {
             0 => Ok(()),
+            _ if readable.is_err() => readable,
             _ if data == buf.len() => self.read_child(lane, buf.clone(), offset).await,
             _ => self.read_child(lane, buf.slice(0..data), offset).await,
         };
@@ -302,21 +308,30 @@ impl ZonedNode {
                 .await?;
         }
         drop(zeroed);
+        let range = permit.offset()..permit.offset() + permit.len();
+        // The bytes of a gap, too: they count as written from now on.
+        let touched = permit.gap().map_or(range.start, |gap| gap.start)..range.end;
+        let was_marked = self.marks.first_in(&touched).is_some();
         match data {
+            Data::Uncorrectable => return self.store_mark(lane, permit, touched).await,
             Data::Zeroes { unmap } => {
                 self.child
                     .write_zeroes(lane, permit.offset(), permit.len(), unmap)
-                    .await
+                    .await?;
             }
             Data::Buf(buf) => match self.child.resolve(permit.offset(), permit.len(), Access::Write) {
                 Some(at) => at
                     .file
                     .write(buf, at.offset)
                     .await
-                    .map_err(|e| Error::io("write", &e)),
-                None => self.child.write(lane, buf, permit.offset()).await,
+                    .map_err(|e| Error::io("write", &e))?,
+                None => self.child.write(lane, buf, permit.offset()).await?,
             },
         }
+        if was_marked {
+            self.unmark(touched).await?;
+        }
+        Ok(())
     }
 
     /// Makes the zone's written end outlive what it is promised to outlive.
@@ -396,6 +411,15 @@ impl ZonedNode {
         }
     }
 
+    /// A length as one of memory.
+    fn whole(&self, offset: u64, len: u64) -> Result<usize, Error> {
+        usize::try_from(len).map_err(|_| Error::OutOfRange {
+            offset,
+            len,
+            size: self.limits.size,
+        })
+    }
+
     fn image(&self) -> Image<'_> {
         Image {
             engine: &self.engine,
@@ -408,7 +432,11 @@ impl ZonedNode {
 /// What a write brings.
 enum Data {
     Buf(IoBuf),
-    Zeroes { unmap: bool },
+    Zeroes {
+        unmap: bool,
+    },
+    /// None: the blocks cannot be read any more.
+    Uncorrectable,
 }
 
 impl Data {
@@ -416,6 +444,7 @@ impl Data {
         match self {
             Data::Buf(buf) => Data::Buf(buf.slice(range)),
             Data::Zeroes { unmap } => Data::Zeroes { unmap: *unmap },
+            Data::Uncorrectable => Data::Uncorrectable,
         }
     }
 }
@@ -454,13 +483,24 @@ impl Node for ZonedNode {
     /// Zeros are data here: the write pointer moves over them.
     fn write_zeroes<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64, unmap: bool) -> Request<'a, ()> {
         Box::pin(async move {
-            let whole = usize::try_from(len).map_err(|_| Error::OutOfRange {
-                offset,
-                len,
-                size: self.limits.size,
-            })?;
-            self.write_data(lane, offset, whole, Data::Zeroes { unmap }).await
+            let data = Data::Zeroes { unmap };
+            self.write_data(lane, offset, self.whole(offset, len)?, data)
+                .await
         })
+    }
+
+    /// A write: the pointer moves over marked blocks.
+    fn mark_uncorrectable<'a>(&'a self, lane: &'a Lane, offset: u64, len: u64) -> Request<'a, ()> {
+        Box::pin(async move {
+            // Early, so that no other write fails with this one.
+            self.marks.after(|list| list.with(offset..offset + len))?;
+            let whole = self.whole(offset, len)?;
+            self.write_data(lane, offset, whole, Data::Uncorrectable).await
+        })
+    }
+
+    fn marks(&self) -> Option<&Marks> {
+        Some(&self.marks)
     }
 
     fn map<'a>(&'a self, offset: u64, len: u64) -> Request<'a, MapExtent> {
@@ -479,6 +519,11 @@ impl Node for ZonedNode {
             let end = (offset + len).min(conventional);
             if offset < end {
                 self.check_writable(offset, end)?;
+                if self.marks.first_in(&(offset..end)).is_some() {
+                    // What was marked must not read as before.
+                    let (whole, zeros) = (self.whole(offset, end - offset)?, Data::Zeroes { unmap: true });
+                    return self.write_data(lane, offset, whole, zeros).await;
+                }
                 self.child.discard(lane, offset, end - offset).await?;
             }
             Ok(())

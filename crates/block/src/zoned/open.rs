@@ -22,6 +22,7 @@ use super::{Durability, ZonedNode};
 use crate::error::OpenError;
 use crate::host::{FileId, FileOptions, Host, HostError};
 use crate::lock::LockMode;
+use crate::marks::{MarkList, Marks};
 use crate::node::{Node, Request};
 
 /// What outlives kill -9 besides what was flushed.
@@ -79,6 +80,10 @@ pub(crate) struct Inside<'a> {
 pub(crate) trait Holder: Send + Sync {
     /// Marks the image as one whose zones other programs cannot understand, before it is: durable when this returns.
     fn mark<'a>(&'a self) -> Request<'a, ()>;
+
+    /// Takes so many bytes of the image's file for its zones, next to each other; the answer is where they begin. They are
+    /// lost space until the table names them.
+    fn allocate<'a>(&'a self, len: u64) -> Request<'a, u64>;
 }
 
 /// What the zone table said of the image when it was opened.
@@ -102,8 +107,9 @@ impl ZonedNode {
         let waiters = Waiters::new(RunState::None);
         let durability = Durability::Volatile;
         let extensions = Extensions::in_memory();
+        let marks = MarkList::new(geometry.zone_size());
         Ok(ZonedNode::assemble(
-            child, engine, waiters, durability, extensions, None,
+            child, engine, waiters, durability, extensions, marks, None,
         ))
     }
 
@@ -119,7 +125,8 @@ impl ZonedNode {
         let waiters = Waiters::new(RunState::None);
         let extensions = slots.map_or(Extensions::None, Extensions::Slots);
         let durability = Durability::ReadOnly;
-        let mut node = ZonedNode::assemble(child, engine, waiters, durability, extensions, None);
+        let marks = MarkList::new(geometry.zone_size());
+        let mut node = ZonedNode::assemble(child, engine, waiters, durability, extensions, marks, None);
         node.driver = driver;
         Ok(node)
     }
@@ -151,6 +158,7 @@ impl ZonedNode {
         waiters: Waiters,
         durability: Durability,
         extensions: Extensions,
+        marks: MarkList,
         status: Option<ImageStatus>,
     ) -> ZonedNode {
         let mut limits = child.limits().clone();
@@ -167,6 +175,7 @@ impl ZonedNode {
             gaps: Gaps::default(),
             durability,
             extensions,
+            marks: Marks::new(marks),
             status,
             watchers: Mutex::default(),
         }
@@ -191,7 +200,7 @@ pub(super) struct Opening<'a> {
     holder: Option<Arc<dyn Holder>>,
     pub(super) geometry: Geometry,
     pub(super) records: Records,
-    notices: Vec<String>,
+    pub(super) notices: Vec<String>,
     /// The last epoch that may have lost writes, since the last clean close.
     pub(super) lost: Option<u64>,
     /// The run state that was believed. It is ours, then, whatever the image says of its place.
@@ -331,25 +340,29 @@ impl<'a> Opening<'a> {
     async fn finish(mut self) -> Result<(ZonedNode, Vec<String>), OpenError> {
         let status = Some(self.status());
         let recovered = self.recover().await?;
+        self.tell_marks();
         let engine = engine_of(self.geometry, &self.records)
             .map_err(|error| self.place.error(&format!("the zone table is damaged: {error}")))?;
         if self.read_only {
             let waiters = Waiters::new(RunState::None);
             let extensions = Extensions::of(&self.table);
             let durability = Durability::ReadOnly;
-            let node = ZonedNode::assemble(self.child, engine, waiters, durability, extensions, status);
+            let marks = self.valid_marks();
+            let node =
+                ZonedNode::assemble(self.child, engine, waiters, durability, extensions, marks, status);
             return Ok((node, self.notices));
         }
         self.settle(recovered).await?;
         let run_state = self.begin_epoch().await?;
         let sync_writes = *self.run_state == RunStateMode::Sync;
         let extensions = Extensions::of(&self.table);
+        let marks = self.table.marks().clone();
         let durability = Durability::Table {
             committer: Box::new(Committer::new(self.table, self.mirror, self.holder)),
             sync_writes,
         };
         let waiters = Waiters::new(run_state);
-        let node = ZonedNode::assemble(self.child, engine, waiters, durability, extensions, status);
+        let node = ZonedNode::assemble(self.child, engine, waiters, durability, extensions, marks, status);
         Ok((node, self.notices))
     }
 

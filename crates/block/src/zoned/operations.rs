@@ -83,6 +83,9 @@ impl ZonedNode {
             // The flush below syncs these zeros before it writes the record that lets them be read.
             for (zone, _) in records {
                 self.zero_above(*zone).await?;
+                let geometry = self.engine.geometry();
+                let above = geometry.data_end(*zone, &self.engine.record(*zone))..geometry.end(*zone);
+                self.forget_marks(&[above]).await?;
             }
         }
         match (&self.durability, op) {
@@ -99,7 +102,7 @@ impl ZonedNode {
             (Durability::Volatile, _) => {}
         }
         if op == ExclusiveOp::Reset
-            && let Err(error) = self.free(records).await
+            && let Err(error) = self.give_back(records).await
         {
             // The table says empty, the engine will not: neither may be believed further.
             if let Durability::Table { committer, .. } = &self.durability {
@@ -125,6 +128,17 @@ impl ZonedNode {
             }
         }
         Ok(())
+    }
+
+    /// What is left of reset zones goes, before they take writes again: marks first, which must not meet new data.
+    async fn give_back(&self, records: &[(ZoneNo, ZoneRecord)]) -> Result<(), Error> {
+        let geometry = self.engine.geometry();
+        let zones = records.iter();
+        let ranges: Vec<_> = zones
+            .map(|(zone, _)| geometry.start(*zone)..geometry.end(*zone))
+            .collect();
+        self.forget_marks(&ranges).await?;
+        self.free(records).await
     }
 
     /// Gives the space of reset zones back, before they take writes again. Reads do not need it, since nothing

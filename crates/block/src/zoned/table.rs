@@ -4,6 +4,7 @@
 //! A copy is overwritten only while the other one is durable: writes of a block alternate between its copies, and
 //! every batch of writes is followed by a sync before the next batch. So a torn write leaves the older copy.
 
+mod marks;
 mod mend;
 
 use std::collections::BTreeMap;
@@ -13,11 +14,15 @@ use zbdkit_io::{File, IoBuf};
 use zbdkit_spec::sidecar::{
     ATTRIBUTE_BY_DEVICE, ATTRIBUTE_EXTENSION, ATTRIBUTE_FINISH_RECOMMENDED, ATTRIBUTE_RESET_RECOMMENDED,
     ATTRIBUTE_ZRWA, BLOCK, BLOCK_MAGIC, ENTRIES_PER_BLOCK, ENTRY_FINISHED, ENTRY_OFFLINE, ENTRY_READ_ONLY,
-    EXTENSION_SLOT, Entry, Header, MAGIC, TABLE_OFFSET, TableBlock, VERSION, VERSION_ZNS,
+    EXTENSION_SLOT, Entry, Header, MAGIC, TABLE_OFFSET, TableBlock, VERSION, VERSION_MARKS, VERSION_ZNS,
 };
 use zbdkit_zone::{Counters, MAX_EXTENSION_SIZE, MAX_ZONES, Recommendation, ZoneNo, ZoneRecord};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
+use crate::marks::MarkList;
+use marks::KeptMarks;
+
+pub use marks::{MARKS_LEN, marks_place};
 pub use mend::{Finding, Salvaged, drop_damaged, zones_of};
 
 /// Why a table cannot be used; the opener adds the path.
@@ -56,6 +61,9 @@ pub enum TableError {
         /// Its last zone.
         last: u64,
     },
+    /// Both copies of the list of marked blocks fail their checksum.
+    #[error("both copies of the list of blocks that are marked uncorrectable are damaged")]
+    MarksLost,
     /// A zone's descriptor extension is not what its record says.
     #[error("the descriptor extension of zone {zone} is damaged: its checksum does not match")]
     ExtensionDamaged {
@@ -79,6 +87,7 @@ pub struct Table {
     torn: Vec<u64>,
     /// Blocks of which one copy is damaged.
     halves: Vec<u64>,
+    marks: KeptMarks,
 }
 
 /// What was found when a table was opened.
@@ -124,8 +133,8 @@ pub fn slot_size(extension_size: u32) -> u64 {
 /// Bytes of a descriptor extension, as a header says.
 pub fn extension_size(header: &Header) -> u32 {
     match header.version.get() {
-        VERSION_ZNS => header.extension_size.get(),
-        _ => 0,
+        VERSION => 0,
+        _ => header.extension_size.get(),
     }
 }
 
@@ -146,6 +155,7 @@ impl Table {
         records: &BTreeMap<u32, ZoneRecord>,
     ) -> Result<Table, TableError> {
         header.generation = 0.into();
+        let marks = KeptMarks::none(&header);
         let mut table = Table {
             file,
             base,
@@ -153,6 +163,7 @@ impl Table {
             header,
             torn: Vec::new(),
             halves: Vec::new(),
+            marks,
         };
         table.write(records).await?;
         table.header.generation_sum = table.generation_sum().into();
@@ -206,11 +217,18 @@ impl Table {
         self.write_header().await
     }
 
-    /// The checksum over which blocks are current that a clean close leaves in the header.
+    /// The checksum over which blocks, and which list of marks, are current that a clean close leaves in the header.
     pub fn generation_sum(&self) -> u64 {
         self.generations
             .iter()
-            .fold(0, |sum, generation| sum.wrapping_add(*generation))
+            .fold(self.marks.generation, |sum, generation| {
+                sum.wrapping_add(*generation)
+            })
+    }
+
+    /// The blocks that are marked.
+    pub fn marks(&self) -> &MarkList {
+        &self.marks.list
     }
 
     /// Writes these zones' records, not synced: [`Table::sync`] must succeed before the next write.
@@ -267,6 +285,7 @@ impl Table {
         for index in std::mem::take(&mut self.torn) {
             self.write_block(&[0; BLOCK], copy_offset(index, 1)).await?;
         }
+        self.rewrite_marks().await?;
         let offset = (self.header.generation.get() & 1) * BLOCK as u64;
         self.write_block(self.header.as_bytes(), offset).await
     }
@@ -414,10 +433,10 @@ async fn read_header(
         .flatten()
         .max_by_key(|header| header.generation.get());
     let best = best.ok_or(TableError::HeaderDamaged)?;
-    if !matches!(best.version.get(), VERSION | VERSION_ZNS) {
+    if !matches!(best.version.get(), VERSION | VERSION_ZNS | VERSION_MARKS) {
         return Err(TableError::Version(best.version.get()));
     }
-    if !is_consistent(best) {
+    if !is_consistent(best) || marks_place(best, base).is_err() {
         return Err(TableError::Contradictory);
     }
     if valid.iter().any(Option::is_none) {

@@ -22,7 +22,12 @@ pub(super) enum Kind {
 pub(super) fn status_of(error: &Error, kind: Kind, zoned: bool) -> Status {
     let status = match error {
         Error::Zone(error) => zone_status(error, kind),
-        Error::Io { .. } | Error::Epoch { .. } | Error::Format(_) | Error::ReadOnly => Status::IoErr,
+        Error::Io { .. }
+        | Error::Epoch { .. }
+        | Error::Format(_)
+        | Error::ReadOnly
+        | Error::Uncorrectable { .. }
+        | Error::TooManyMarks { .. } => Status::IoErr,
         Error::NotSupported(_) => Status::Unsupp,
         Error::OutOfRange { .. } => out_of_range(kind),
         Error::Unaligned { .. } => unaligned(kind),

@@ -128,6 +128,7 @@ impl Controller {
         data.nn = (self.subsystem().namespaces().len() as u32).into();
         data.oncs = Oncs::new()
             .with_compare(true)
+            .with_write_uncorrectable(self.marks_blocks(None))
             .with_dataset_management(true)
             .with_write_zeroes(true)
             .with_save_and_select(true)

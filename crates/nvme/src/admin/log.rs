@@ -205,6 +205,9 @@ impl Controller {
             (zns::Opcode::ZONE_MANAGEMENT_RECEIVE, supported),
             (zns::Opcode::ZONE_APPEND, changes),
         ];
+        if self.marks_blocks(Some(csi)) {
+            set(io + usize::from(nvm::Opcode::WRITE_UNCORRECTABLE.0), changes);
+        }
         let zoned = match csi {
             Csi::NVM => &[][..],
             Csi::ZONED => &zoned[..],

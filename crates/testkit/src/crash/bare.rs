@@ -172,7 +172,7 @@ impl Log {
             Found::Stamp { id, index } => here.iter().copied().find(|op| {
                 op.kind == Kind::Write { id } && u64::from(index) == (at - op.range.start) / PIECE as u64
             }),
-            Found::Garbage => return Err("bytes that nobody wrote".into()),
+            Found::Garbage | Found::Unreadable => return Err("bytes that nobody wrote".into()),
         };
         let found = look(sector);
         match source {

@@ -39,6 +39,31 @@ pub fn extension(id: u32, geometry: &Geometry) -> Vec<u8> {
     bytes
 }
 
+/// What a view has where a sector cannot be read.
+pub const UNREADABLE: [u8; PIECE] = [b'u'; PIECE];
+
+/// What a write brings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// Its stamp.
+    Stamp,
+    /// Zeros.
+    Zeros,
+    /// Nothing: the blocks are marked uncorrectable.
+    Unreadable,
+}
+
+impl Fill {
+    /// What sector `index` of write `id` holds.
+    pub fn found(self, id: u32, index: u32) -> Found {
+        match self {
+            Fill::Stamp => Found::Stamp { id, index },
+            Fill::Zeros => Found::Zeros,
+            Fill::Unreadable => Found::Unreadable,
+        }
+    }
+}
+
 /// What a sector holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
@@ -51,6 +76,8 @@ pub enum Found {
         /// Which sector of it.
         index: u32,
     },
+    /// It cannot be read.
+    Unreadable,
     /// Nothing that anybody wrote.
     Garbage,
 }
@@ -59,6 +86,9 @@ pub enum Found {
 pub fn look(sector: &[u8]) -> Found {
     if sector == [0; PIECE].as_slice() {
         return Found::Zeros;
+    }
+    if sector == UNREADABLE.as_slice() {
+        return Found::Unreadable;
     }
     let word = |at: usize| u32::from_le_bytes([sector[at], sector[at + 1], sector[at + 2], sector[at + 3]]);
     let (id, index) = (word(4), word(8));
@@ -92,8 +122,8 @@ pub enum Kind {
         offset: Option<u64>,
         /// Bytes.
         len: u64,
-        /// The data are zeros without a stamp.
-        zeros: bool,
+        /// What it brings.
+        fill: Fill,
     },
     /// The bytes may become zeros.
     Discard {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use zbdkit_block::{CrossZone, Device, Error, Graph, Host, OpenError, OpenOptions, RunStateMode};
+use zbdkit_block::{CrossZone, Device, Error, Graph, Host, Lane, OpenError, OpenOptions, RunStateMode};
 use zbdkit_io::{IoBuf, Runtime, spawn, yield_now};
 use zbdkit_zone::{Condition, Filter, ZoneError, ZoneType};
 
@@ -17,7 +17,7 @@ use super::disk::Disk;
 use super::host::{Behaviour, Machine, Recorded};
 use super::image::Image;
 use super::judge::View;
-use super::oracle::{Kind, Oracle, payload};
+use super::oracle::{Fill, Kind, Oracle, PIECE, UNREADABLE, payload};
 use super::workload::{Client, Mix};
 
 /// Turns without any news after which a run is taken for stuck.
@@ -119,9 +119,7 @@ pub async fn look_at(device: &Device) -> Result<View, Error> {
         let buf = IoBuf::alloc(zone.len as usize);
         // What a read leaves alone must not look like zeros.
         buf.fill(0..buf.len(), 0xee);
-        device
-            .read(&lane, buf.clone(), zone.start, CrossZone::Refuse)
-            .await?;
+        read_all(device, &lane, &buf, zone.start).await?;
         contents.push(Some(buf.to_vec()));
     }
     let mut extensions = Vec::new();
@@ -140,6 +138,28 @@ pub async fn look_at(device: &Device) -> Result<View, Error> {
         contents,
         extensions,
     })
+}
+
+/// Reads a zone; what cannot be read of it is [`UNREADABLE`].
+async fn read_all(device: &Device, lane: &Lane, buf: &IoBuf, start: u64) -> Result<(), Error> {
+    let read = device.read(lane, buf.clone(), start, CrossZone::Refuse).await;
+    if !matches!(read, Err(Error::Uncorrectable { .. })) {
+        return read;
+    }
+    let block = device.limits().block_size as usize;
+    for at in (0..buf.len()).step_by(block) {
+        let part = buf.slice(at..at + block);
+        match device
+            .read(lane, part.clone(), start + at as u64, CrossZone::Refuse)
+            .await
+        {
+            Err(Error::Uncorrectable { .. }) => {
+                part.copy_from(&UNREADABLE.repeat(block / PIECE));
+            }
+            read => read?,
+        }
+    }
+    Ok(())
 }
 
 /// Is told what a reopened image shows and what the opening said, and may object.
@@ -214,7 +234,7 @@ async fn touch(machine: &Machine, device: &Device, oracle: &RefCell<Oracle>) -> 
             id,
             offset: Some(offset),
             len: block,
-            zeros: false,
+            fill: Fill::Stamp,
         };
         let op = oracle
             .borrow_mut()

@@ -9,7 +9,7 @@ use zbdkit_zone::{CloseEmpty, Recommendation, ZoneError, ZoneNo, ZoneType};
 
 use super::choose::{Choose, Rng};
 use super::host::Machine;
-use super::oracle::{Kind, Oracle, Setting, extension, payload};
+use super::oracle::{Fill, Kind, Oracle, Setting, extension, payload};
 
 /// Which requests, by weight.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +18,8 @@ pub struct Mix {
     pub write: u64,
     /// Writes of zeros.
     pub zeros: u64,
+    /// Marks.
+    pub mark: u64,
     /// Flushes.
     pub flush: u64,
     /// Resets of one zone.
@@ -45,6 +47,7 @@ impl Mix {
     pub const ALL: Mix = Mix {
         write: 60,
         zeros: 4,
+        mark: 0,
         flush: 10,
         reset: 8,
         reset_all: 1,
@@ -60,6 +63,7 @@ impl Mix {
     pub const CROWD: Mix = Mix {
         write: 60,
         zeros: 2,
+        mark: 0,
         flush: 10,
         reset: 14,
         reset_all: 3,
@@ -81,10 +85,21 @@ impl Mix {
         zones: 4,
         ..Mix::ALL
     };
+    /// Marks, and whatever takes them away again, in few zones.
+    pub const MARKS: Mix = Mix {
+        write: 50,
+        mark: 25,
+        flush: 6,
+        discard: 4,
+        set: 1,
+        zones: 4,
+        ..Mix::ALL
+    };
     /// Writes and flushes.
     pub const DATA: Mix = Mix {
         write: 80,
         zeros: 0,
+        mark: 0,
         flush: 10,
         reset: 0,
         reset_all: 0,
@@ -101,6 +116,7 @@ impl Mix {
         let weights = [
             (What::Write, self.write),
             (What::Zeros, self.zeros),
+            (What::Mark, self.mark),
             (What::Flush, self.flush),
             (What::Reset, self.reset),
             (What::ResetAll, self.reset_all),
@@ -127,6 +143,7 @@ impl Mix {
 enum What {
     Write,
     Zeros,
+    Mark,
     Flush,
     Reset,
     ResetAll,
@@ -183,8 +200,9 @@ impl Client {
             let zone = self.zone();
             let what = self.mix.draw(&mut self.rng.borrow_mut());
             match what {
-                What::Write => self.write(zone, false).await,
-                What::Zeros => self.write(zone, true).await,
+                What::Write => self.write(zone, Fill::Stamp).await,
+                What::Zeros => self.write(zone, Fill::Zeros).await,
+                What::Mark => self.write(zone, Fill::Unreadable).await,
                 What::Flush => self.note(0, Kind::Flush, self.device.flush(&self.lane)).await,
                 What::Reset => self.manage(zone, ZoneOp::Reset, Kind::Reset).await,
                 What::Finish => self.manage(zone, ZoneOp::Finish, Kind::Finish).await,
@@ -348,7 +366,7 @@ impl Client {
             .await;
     }
 
-    async fn write(&self, zone: ZoneNo, zeros: bool) {
+    async fn write(&self, zone: ZoneNo, fill: Fill) {
         let (kind, block, start, capacity, append) = {
             let oracle = self.oracle.borrow();
             let geometry = &oracle.geometry;
@@ -363,7 +381,12 @@ impl Client {
         let len = block * (1 + self.below(3));
         let id = self.oracle.borrow().next_id();
         let area = self.area_of(zone).filter(|_| self.below(16) != 0);
-        if kind == ZoneType::SequentialRequired && append && !zeros && area.is_none() && self.below(2) == 0 {
+        if kind == ZoneType::SequentialRequired
+            && append
+            && fill == Fill::Stamp
+            && area.is_none()
+            && self.below(2) == 0
+        {
             return self.append(zone, id, len).await;
         }
         let offset = match kind {
@@ -378,16 +401,19 @@ impl Client {
             id,
             offset: Some(offset),
             len,
-            zeros,
+            fill,
         };
         let op = self.submit(zone.0, kind);
-        let result = if zeros {
-            self.device
-                .write_zeroes(&self.lane, offset, len, self.below(2) == 0)
-                .await
-        } else {
-            let buf = IoBuf::from_vec(payload(id, len));
-            self.device.write(&self.lane, buf, offset).await
+        let result = match fill {
+            Fill::Stamp => {
+                let buf = IoBuf::from_vec(payload(id, len));
+                self.device.write(&self.lane, buf, offset).await
+            }
+            Fill::Zeros => {
+                let unmap = self.below(2) == 0;
+                self.device.write_zeroes(&self.lane, offset, len, unmap).await
+            }
+            Fill::Unreadable => self.device.mark_uncorrectable(&self.lane, offset, len).await,
         };
         self.answer(op, result.as_ref().map(|()| Some(offset)));
         match result {
@@ -404,7 +430,7 @@ impl Client {
             id,
             offset: None,
             len,
-            zeros: false,
+            fill: Fill::Stamp,
         };
         let op = self.submit(zone.0, kind);
         let buf = IoBuf::from_vec(payload(id, len));

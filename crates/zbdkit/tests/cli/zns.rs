@@ -49,6 +49,7 @@ fn commands_of_areas_and_extensions_are_called_rightly_and_explained() {
     assert!(absent.out.starts_with("absent: "), "{absent:?}");
     for (command, example) in [
         ("zo", "Example: 'zo -r 64M 64M'"),
+        ("wu", "Example: 'wu 64M 4k'"),
         ("zcm", "Example: 'zcm 0x4010000'"),
         ("zse", "Example: 'zse -P 0x5a 64M'"),
         ("zge", "Example: 'zge 64M'"),
@@ -306,4 +307,47 @@ fn an_image_keeps_areas_and_extensions_for_the_next_process() {
         let report = bench.run(&["report", image]).ok();
         assert!(!report.contains("attributes"), "{report}");
     }
+}
+
+#[test]
+fn marked_blocks_cannot_be_read_until_they_are_written_and_info_tells_of_them() {
+    let bench = Bench::with_demo();
+    bench.io(&["write -q 0 4k", "wu 4k 8k", "write -q 12k 4k"]).ok();
+    let run = bench.io(&["read -q 0 4k", "read -q 12k 4k", "read -q 0 8k"]);
+    assert_eq!(
+        (run.status, &*run.out),
+        (Some(1), "read failed: Input/output error\n")
+    );
+    assert!(
+        run.err.contains("the block at 4096 is marked uncorrectable"),
+        "{run:?}"
+    );
+    let info = bench.run(&["info", "disk.raw"]).ok();
+    assert!(
+        info.contains("notice: 8192 bytes are marked uncorrectable, the first at offset 4096"),
+        "{info}"
+    );
+    bench
+        .run(&["convert", "disk.raw", "copy.raw"])
+        .fails(1, "the block at 4096 is marked uncorrectable");
+    bench.io(&["zrs 0 64M", "write -q 0 16k", "read -q 0 16k"]).ok();
+    assert!(!bench.run(&["info", "disk.raw"]).ok().contains("uncorrectable"));
+    let disk = ["io", "--image-opts", "driver=memory,size=1M"];
+    bench
+        .run(
+            &[
+                &disk[..],
+                &["-c", "wu 4k 4k", "-c", "write -q 4k 4k", "-c", "read -q 0 8k"],
+            ]
+            .concat(),
+        )
+        .ok();
+    assert_eq!(
+        bench.io(&["wu 0"]).err,
+        "bad argument count 1 to wu, expected 2 arguments\n"
+    );
+    assert_eq!(
+        bench.io(&["wu 0 100"]).out,
+        "write uncorrectable failed: Invalid argument\n"
+    );
 }

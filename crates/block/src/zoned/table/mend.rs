@@ -32,6 +32,10 @@ pub enum Finding {
         /// The zone.
         zone: ZoneNo,
     },
+    /// One copy of the list of marks is damaged, the other one is used.
+    MarksHalf,
+    /// Both are.
+    MarksLost,
     /// The blocks are not those of the last clean close.
     Outdated,
 }
@@ -54,6 +58,10 @@ impl fmt::Display for Finding {
             }
             Finding::Lost { index } => write!(f, "both copies of zone table block {index} are damaged"),
             Finding::Extension { zone } => TableError::ExtensionDamaged { zone: *zone }.fmt(f),
+            Finding::MarksHalf => f.write_str(
+                "one copy of the list of blocks that are marked uncorrectable is damaged; the other one is used",
+            ),
+            Finding::MarksLost => TableError::MarksLost.fmt(f),
             Finding::Outdated => TableError::Outdated.fmt(f),
         }
     }
@@ -74,6 +82,7 @@ impl Salvaged {
     pub fn unusable(&self) -> Option<TableError> {
         self.findings.iter().find_map(|finding| match finding {
             Finding::Lost { index } => Some(self.table.damaged(*index)),
+            Finding::MarksLost => Some(TableError::MarksLost),
             Finding::Outdated => Some(TableError::Outdated),
             _ => None,
         })
@@ -130,6 +139,7 @@ impl Table {
             return Err(TableError::Truncated { actual, expected });
         }
         let generations = vec![0; blocks(nr_zones) as usize];
+        let marks = KeptMarks::none(&header);
         let mut table = Table {
             file,
             base,
@@ -137,9 +147,12 @@ impl Table {
             generations,
             torn: Vec::new(),
             halves: Vec::new(),
+            marks,
         };
         let records = table.load_blocks(&mut findings).await?;
-        let clean = table.header.open == 0;
+        table.load_marks(&mut findings).await?;
+        // Of which generation a list was that is lost, nobody knows.
+        let clean = table.header.open == 0 && !findings.contains(&Finding::MarksLost);
         if clean && table.generation_sum() != table.header.generation_sum.get() {
             findings.push(Finding::Outdated);
         }
@@ -165,7 +178,7 @@ impl Table {
                 | Finding::Torn { index: at }
                 | Finding::Lost { index: at } => at == index,
                 Finding::Extension { zone } => u64::from(zone.0 / ENTRIES_PER_BLOCK) == index,
-                Finding::Header | Finding::Outdated => false,
+                Finding::Header | Finding::Outdated | Finding::MarksHalf | Finding::MarksLost => false,
             };
             let found = findings.iter().find(|finding| is(finding));
             let block: BTreeMap<u32, ZoneRecord> = zones_of(index, nr_zones)
@@ -194,6 +207,15 @@ impl Table {
         }
         self.torn.clear();
         self.halves.clear();
+        let marks = |finding: &Finding| {
+            matches!(
+                finding,
+                Finding::MarksHalf | Finding::MarksLost | Finding::Outdated
+            )
+        };
+        if findings.iter().any(marks) {
+            self.mend_marks().await?;
+        }
         let sum = self.generation_sum();
         for _ in 0..2 {
             self.update_header(|header| {

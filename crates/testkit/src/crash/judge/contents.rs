@@ -3,7 +3,7 @@
 use zbdkit_zone::{ZoneInfo, ZoneNo, ZoneType};
 
 use super::{Judge, Verdict, ensure};
-use crate::crash::oracle::{Found, Kind, Op, PIECE, look};
+use crate::crash::oracle::{Fill, Found, Kind, Op, PIECE, look};
 
 impl<'a> Judge<'a> {
     /// The zone holds whole writes of its generation, end to end, then zeros.
@@ -47,7 +47,7 @@ impl<'a> Judge<'a> {
                 continue;
             }
             let op = self.write_at(zone, generation, info.start + at, &contents[at as usize..])?;
-            let Kind::Write { id, len, zeros, .. } = op.kind else {
+            let Kind::Write { id, len, fill, .. } = op.kind else {
                 unreachable!("write_at gives writes")
             };
             ensure!(
@@ -60,7 +60,7 @@ impl<'a> Judge<'a> {
                 "at {at} lies write {id}, which is cut off by the written end {end}"
             );
             ensure!(
-                holds(&contents[at as usize..(at + len) as usize], id, zeros),
+                holds(&contents[at as usize..(at + len) as usize], id, fill),
                 "at {at} lies write {id} ({len} bytes), but not all of it"
             );
             found.push((op, at));
@@ -119,22 +119,32 @@ impl<'a> Judge<'a> {
                 Ok(op)
             }
             Found::Zeros => self
-                .zeros_at(zone, generation, offset, contents)
+                .unstamped_at(zone, generation, offset, contents, Fill::Zeros)
                 .ok_or_else(|| format!("at {place} are zeros below the written end, which nobody wrote")),
+            Found::Unreadable => self
+                .unstamped_at(zone, generation, offset, contents, Fill::Unreadable)
+                .ok_or_else(|| format!("at {place} nothing can be read, and nobody marked it")),
             other => Err(format!("at {place} begins no write: {other:?}")),
         }
     }
 
-    /// Which write of zeros begins here: they have no stamps, so one that was answered comes first, then one that
-    /// another write follows.
-    fn zeros_at(&self, zone: usize, generation: u32, offset: u64, contents: &[u8]) -> Option<&'a Op> {
+    /// Which write of zeros, or of nothing, begins here: they have no stamps, so one that was answered comes first, then one
+    /// that another write follows.
+    fn unstamped_at(
+        &self,
+        zone: usize,
+        generation: u32,
+        offset: u64,
+        contents: &[u8],
+        wanted: Fill,
+    ) -> Option<&'a Op> {
         let len_of = |op: &Op| match op.kind {
             Kind::Write {
                 offset: Some(at),
                 len,
-                zeros: true,
+                fill,
                 ..
-            } if at == offset => Some(len as usize),
+            } if at == offset && fill == wanted => Some(len as usize),
             _ => None,
         };
         let followed = |op: &Op| {
@@ -239,7 +249,7 @@ impl<'a> Judge<'a> {
         let later = |done: u64| {
             here.iter().find(|op| {
                 matches!(op.kind, Kind::Write { .. })
-                    && self.required(op)
+                    && (self.required(op) || self.is_durable_mark(op))
                     && op.submitted > done
                     && (!ordered || op.is_of(generation, tick))
             })
@@ -260,8 +270,13 @@ impl<'a> Judge<'a> {
             Found::Zeros => {
                 let from_reset = ordered && !same && later(0).is_none();
                 let zeroed = here.iter().any(|op| {
-                    matches!(op.kind, Kind::Write { zeros: true, .. } | Kind::Discard { .. })
-                        && later(ended(op)).is_none()
+                    matches!(
+                        op.kind,
+                        Kind::Write {
+                            fill: Fill::Zeros,
+                            ..
+                        } | Kind::Discard { .. }
+                    ) && later(ended(op)).is_none()
                 });
                 ensure!(
                     from_reset || zeroed,
@@ -293,18 +308,31 @@ impl<'a> Judge<'a> {
                 );
                 Ok(())
             }
+            Found::Unreadable => {
+                let marks = |op: &&&Op| {
+                    matches!(
+                        op.kind,
+                        Kind::Write {
+                            fill: Fill::Unreadable,
+                            ..
+                        }
+                    )
+                };
+                ensure!(
+                    here.iter().filter(marks).any(|op| later(ended(op)).is_none()),
+                    "nothing can be read, but {:?} should be there",
+                    later(0).map(|op| &op.kind)
+                );
+                Ok(())
+            }
             Found::Garbage => Err("bytes that nobody wrote".into()),
         }
     }
 }
 
-fn holds(bytes: &[u8], id: u32, zeros: bool) -> bool {
-    bytes.chunks_exact(PIECE).enumerate().all(|(i, sector)| {
-        look(sector)
-            == if zeros {
-                Found::Zeros
-            } else {
-                Found::Stamp { id, index: i as u32 }
-            }
-    })
+fn holds(bytes: &[u8], id: u32, fill: Fill) -> bool {
+    bytes
+        .chunks_exact(PIECE)
+        .enumerate()
+        .all(|(i, sector)| look(sector) == fill.found(id, i as u32))
 }

@@ -5,7 +5,7 @@ mod window;
 
 use zbdkit_zone::{Condition, ZoneInfo, ZoneNo, ZoneType};
 
-use crate::crash::oracle::{Answer, Baseline, Kind, Op, Oracle, Setting};
+use crate::crash::oracle::{Answer, Baseline, Fill, Kind, Op, Oracle, Setting};
 
 /// What acknowledgements were worth at the crash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -137,6 +137,18 @@ impl<'a> Judge<'a> {
             _ => Promise::Acknowledged,
         };
         self.at.promise >= worth || at < self.flushed || self.finished_after(op, at)
+    }
+
+    /// A mark of blocks that could be read already lasts from its acknowledgement on, whatever was flushed.
+    fn is_durable_mark(&self, op: &Op) -> bool {
+        let marks = matches!(
+            op.kind,
+            Kind::Write {
+                fill: Fill::Unreadable,
+                ..
+            }
+        );
+        marks && op.acknowledged(self.at.tick).is_some()
     }
 
     /// A finish records the written end, over everything acknowledged before.

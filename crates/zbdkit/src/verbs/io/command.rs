@@ -96,8 +96,14 @@ const GET_EXT_MORE: &str = "
 
  Example: 'zge 64M' - dumps the extension of the zone at 64 MiB";
 
+const UNCORRECTABLE_MORE: &str = "
+ In whole blocks, and in a sequential zone a write as any other: at the write
+ pointer, which moves. A reset of the zone takes it back, too.
+
+ Example: 'wu 64M 4k' - marks the first 4 KiB of the zone at 64 MiB";
+
 /// Sorted by name, as the help shows them.
-static COMMANDS: [Command; 23] = [
+static COMMANDS: [Command; 24] = [
     command(
         "aio_flush",
         "",
@@ -208,6 +214,17 @@ static COMMANDS: [Command; 23] = [
             None,
             "[-bcCfnqruz] [-P pattern | -s source_file] off len",
             "writes a number of bytes at a specified offset",
+        )
+    },
+    Command {
+        more: UNCORRECTABLE_MORE,
+        ..command(
+            "write_uncor",
+            "wu",
+            2,
+            Some(2),
+            "off len",
+            "makes reads of a range fail until it is written again",
         )
     },
     Command {
@@ -370,6 +387,7 @@ impl Shell {
             "zone_report" => self.zone_report(words).await,
             "zone_append" => self.zone_append(command, words).await,
             "zone_commit" => self.zone_commit(words).await,
+            "write_uncor" => self.write_uncorrectable(words).await,
             "zone_set_ext" => self.zone_set_ext(command, words).await,
             "zone_get_ext" => self.zone_get_ext(command, words).await,
             "aio_flush" => self.aio_flush().await,

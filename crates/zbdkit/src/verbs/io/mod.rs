@@ -24,7 +24,7 @@ use crate::image::{ImageArgs, Session};
 use crate::output::{Out, complain};
 use aio::InFlight;
 
-/// Exercise an image with qemu-io's commands: zrp zo zc zf zrs zap, read, write, ...; and zcm zse zge for what only NVMe has
+/// Exercise an image with qemu-io's commands: zrp zo zc zf zrs zap, read, write, ...; and wu zcm zse zge for what only NVMe has
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Io {
@@ -122,6 +122,7 @@ Commands:
   zone_commit (zcm) END               and move the write pointer over what is in it
   zone_set_ext (zse) [-f FILE | -P PATTERN] START   attach a descriptor extension,
   zone_get_ext (zge) [-f FILE] START                and show it or write it to a file
+  write_uncor (wu) OFFSET LEN         make reads fail until the range is written again
   read write readv writev discard flush aio_read aio_write aio_flush length info sleep help quit
   'help COMMAND' explains one. Numbers are bytes, with k, M, G, T, P, E, or 0x...
 

@@ -1,4 +1,4 @@
-//! What only Zoned Namespaces have: zcm, zse, zge, and zo with -r. qemu-io has no such commands.
+//! What only NVMe has: wu, zcm, zse, zge, and zo with -r. qemu-io has no such commands.
 
 use std::io::Read;
 
@@ -12,6 +12,19 @@ use super::transfer::DEFAULT_PATTERN;
 use super::{Shell, Step};
 
 impl Shell {
+    /// wu: blocks are marked uncorrectable.
+    pub async fn write_uncorrectable(&mut self, words: &[&str]) -> anyhow::Result<Step> {
+        let range = number(words[0]).and_then(|offset| Ok((offset, number(words[1])?)));
+        let (offset, len) = match range {
+            Ok(range) => range,
+            Err(message) => return self.wrong(message),
+        };
+        match self.device.mark_uncorrectable(&self.lane, offset, len).await {
+            Ok(()) => Ok(Step::Done),
+            Err(error) => self.failed("write uncorrectable", &error),
+        }
+    }
+
     /// zcm: the write pointer of a zone with a random write area moves.
     pub async fn zone_commit(&mut self, words: &[&str]) -> anyhow::Result<Step> {
         let end = match number(words[0]) {
