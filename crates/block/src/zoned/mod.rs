@@ -10,6 +10,7 @@ mod below;
 mod commit;
 mod epoch;
 mod extensions;
+mod format;
 mod gaps;
 mod make;
 mod mirror;
@@ -57,7 +58,8 @@ pub struct ZonedNode {
     child: Arc<dyn Node>,
     /// What the user knows the image as.
     driver: &'static str,
-    limits: Limits,
+    /// In each of the engine's formats.
+    limits: Box<[Limits]>,
     engine: Engine,
     waiters: Waiters,
     gaps: Gaps,
@@ -423,7 +425,7 @@ impl Data {
 
 impl Node for ZonedNode {
     fn limits(&self) -> &Limits {
-        &self.limits
+        &self.limits[self.engine.format_index()]
     }
 
     fn driver(&self) -> &'static str {
@@ -458,7 +460,7 @@ impl Node for ZonedNode {
             let whole = usize::try_from(len).map_err(|_| Error::OutOfRange {
                 offset,
                 len,
-                size: self.limits.size,
+                size: self.limits().size,
             })?;
             self.write_data(lane, offset, whole, Data::Zeroes { unmap }).await
         })
@@ -520,11 +522,12 @@ impl Node for ZonedNode {
         sink: &'a mut dyn FnMut(ZoneInfo) -> ControlFlow<()>,
     ) -> Request<'a, ()> {
         Box::pin(async move {
-            if from >= self.limits.size {
+            let size = self.limits().size;
+            if from >= size {
                 return Err(Error::OutOfRange {
                     offset: from,
                     len: 0,
-                    size: self.limits.size,
+                    size,
                 });
             }
             self.engine.report(from, filter, sink);

@@ -36,6 +36,8 @@ pub struct Mix {
     pub discard: u64,
     /// What only Zoned Namespaces have: random write areas, commits, extensions, attributes.
     pub zns: u64,
+    /// Formats, to any block size that the device can have.
+    pub format: u64,
     /// Only so many zones are used, so that requests meet in them; 0 for all.
     pub zones: u32,
 }
@@ -54,6 +56,7 @@ impl Mix {
         read: 4,
         discard: 1,
         zns: 0,
+        format: 0,
         zones: 0,
     };
     /// Crowds in few zones, with resets between the writes.
@@ -69,6 +72,7 @@ impl Mix {
         read: 2,
         discard: 0,
         zns: 0,
+        format: 0,
         zones: 3,
     };
     /// Random write areas, extensions and attributes, among a bit of everything.
@@ -80,6 +84,12 @@ impl Mix {
         zns: 30,
         zones: 4,
         ..Mix::ALL
+    };
+    /// The same with formats, and nothing that only the operator takes back.
+    pub const FORMAT: Mix = Mix {
+        set: 0,
+        format: 4,
+        ..Mix::ZNS
     };
     /// Writes and flushes.
     pub const DATA: Mix = Mix {
@@ -94,6 +104,7 @@ impl Mix {
         read: 0,
         discard: 0,
         zns: 0,
+        format: 0,
         zones: 0,
     };
 
@@ -110,6 +121,7 @@ impl Mix {
             (What::Read, self.read),
             (What::Discard, self.discard),
             (What::Zns, self.zns),
+            (What::Format, self.format),
         ];
         let total = weights.iter().map(|(_, weight)| weight).sum();
         let mut at = rng.below(total);
@@ -136,6 +148,7 @@ enum What {
     Read,
     Discard,
     Zns,
+    Format,
 }
 
 /// One client with its lane.
@@ -197,6 +210,7 @@ impl Client {
                 What::Read => self.read(zone).await,
                 What::Discard => self.discard().await,
                 What::Zns => self.zns(zone).await,
+                What::Format => self.format().await,
             }
         }
     }
@@ -261,6 +275,19 @@ impl Client {
             _ => (ZoneOp::SetNormal, Setting::Normal),
         };
         self.manage(zone, op, Kind::Set(setting)).await;
+    }
+
+    /// One at a time, so that their order is known.
+    async fn format(&self) {
+        if self.oracle.borrow().is_formatting() {
+            return;
+        }
+        let sizes = self.device.block_sizes();
+        let size = sizes[self.below(sizes.len() as u64) as usize];
+        let op = self.submit(0, Kind::ResetAll);
+        self.oracle.borrow_mut().formats.insert(op, size);
+        let result = self.device.format(&self.lane, size).await;
+        self.answer(op, result.as_ref().map(|()| None));
     }
 
     async fn zns(&self, zone: ZoneNo) {
@@ -335,7 +362,7 @@ impl Client {
             let oracle = self.oracle.borrow();
             let geometry = &oracle.geometry;
             let bytes = geometry.zone_size() * u64::from(geometry.nr_conventional());
-            (u64::from(geometry.block_size()), bytes)
+            (u64::from(self.device.block_size()), bytes)
         };
         if conventional == 0 {
             return;
@@ -353,7 +380,7 @@ impl Client {
             let geometry = &oracle.geometry;
             (
                 geometry.zone_type(zone),
-                u64::from(geometry.block_size()),
+                u64::from(self.device.block_size()),
                 geometry.start(zone),
                 geometry.capacity(zone),
                 geometry.max_append() > 0,
