@@ -128,8 +128,9 @@ impl Controller {
             list.nrzid = u16::MAX.into();
         } else {
             list.nrzid = (zones.len() as u16).into();
+            let shift = namespace.block_shift();
             for (place, start) in list.zid.iter_mut().zip(zones) {
-                *place = start.into();
+                *place = (start >> shift).into();
             }
         }
         Ok(list.as_bytes().to_vec())
