@@ -342,9 +342,61 @@ programs() {
 		jq -r '.jobs[0] | "error \(.error), read \(.read.io_bytes), written \(.write.io_bytes)"' fio
 	done
 	say nvme zns report-zones "$DEV" -d 6
-	say nvme format "$DEV" -f -l 0
-	say nvme zns report-zones "$DEV" -S 1 -d 1
 }
+
+# blocks: what the namespace and the kernel say of its blocks.
+blocks() {
+	echo "\$ # blocks"
+	nvme id-ns "$DEV" -H | grep 'in use' | sed 's/ *$//'
+	echo "kernel $(cat "/sys/block/${DEV#/dev/}/queue/logical_block_size")"
+}
+
+# Erased as it is, and to blocks of 512 bytes. The last thing, since what comes before counts blocks of 4096.
+formats() {
+	local size
+	echo "## formats"
+	blocks
+	say nvme format "$DEV" -f
+	say nvme zns report-zones "$DEV" -S 1 -d 1
+	say nvme format "$DEV" -f -l 8
+	say nvme format "$PLAIN" -f -l 4
+	say nvme format "$DEV" -f -l 0 -i 1
+	does nvme zns reset-zone "$DEV" -a
+	does write 3 0 1
+	does nvme zns open-zone "$DEV" -s "$(lba 4)"
+	say nvme format "$DEV" -f -l 0
+	blocks
+	say nvme zns report-zones "$DEV" -d 1
+	say nvme zns report-zones "$DEV" -S 1 -d 1
+	# The kernel has pointers of its own, and hears of no reset but its own.
+	does blkzone reset "$DEV"
+	size=$(cat "/sys/block/${DEV#/dev/}/queue/logical_block_size")
+	echo "\$ # two blocks are written to zone 2, and one appended"
+	nvme write "$DEV" -s $((2 * ZONE_MB * 1048576 / size)) -c 1 -z $((2 * size)) -d 1M 2>&1 | names
+	nvme zns zone-append "$DEV" -s $((2 * ZONE_MB * 1048576 / size)) -z "$size" -d 1M 2>&1 | names
+	echo "\$ # the kernel writes three sectors to zone 5"
+	dd if=1M of="$DEV" bs=512 count=3 seek=$((5 * ZONE_MB * 2048)) oflag=direct conv=notrunc status=none 2>&1 | names
+	say blkzone report -o $((5 * ZONE_MB * 2048)) -c 1 "$DEV"
+	cp 1M "/share/$name-data"
+}
+
+# After a restart of zbdkit's daemon: blocks and data are as they were, and the kernel goes on.
+formatted() {
+	local zone
+	find_nvme 2
+	expect "logical block size" 512 "$(cat "/sys/block/${DEV#/dev/}/queue/logical_block_size")"
+	for zone in 2 5; do expect "write pointer of zone $zone" "3 cl" "$(zone $zone)"; done
+	run cmp -n 1024 /share/zbdkit-data <(get 2 0 1024)
+	run cmp -n 512 /share/zbdkit-data <(get 2 1024 512)
+	run cmp -n 1536 /share/zbdkit-data <(get 5 0 1536)
+	run dd if=/share/zbdkit-data of="$DEV" bs=512 skip=3 count=5 seek=$((5 * ZONE_MB * 2048 + 3)) oflag=direct conv=notrunc status=none
+	run cmp -n 4096 /share/zbdkit-data <(get 5 0 4096)
+}
+
+if [ "$PART" = formatted ]; then
+	formatted
+	exit 0
+fi
 
 for name in zbdkit qemu; do
 	model=$name
@@ -368,6 +420,7 @@ for name in zbdkit qemu; do
 		commands
 		logs
 		programs
+		formats
 	) >/share/$name 2>&1 &
 done
 wait

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use zbdkit_io::IoBuf;
 use zbdkit_qcow2::Qcow2;
-use zbdkit_zone::{Engine, Filter, ZoneInfo, ZoneNo, ZoneRecord};
+use zbdkit_zone::{Engine, Filter, Geometry, ZoneInfo, ZoneNo, ZoneRecord};
 
 use crate::error::Error;
 use crate::limits::Limits;
@@ -89,7 +89,7 @@ impl Device {
         }
     }
 
-    /// The limits of the image.
+    /// The limits of the image. Only [`Device::format`] changes them.
     pub fn limits(&self) -> &Limits {
         self.node().limits()
     }
@@ -258,6 +258,39 @@ impl Device {
     pub async fn reset_all(&self, _lane: &Lane) -> Result<(), Error> {
         self.check_writable()?;
         self.node().reset_all().await
+    }
+
+    /// The block sizes that [`Device::format`] can give the device, ascending; the one that it has among them. An image keeps
+    /// its own unless it has a zone table and nothing but sequential-required zones, and only where each of its figures and
+    /// the way it was opened allow the other.
+    pub fn block_sizes(&self) -> Vec<u32> {
+        match &self.root {
+            Root::Zoned(node) => node.engine().formats().iter().map(Geometry::block_size).collect(),
+            Root::Other(node) => vec![node.limits().block_size],
+        }
+    }
+
+    /// The logical block size that the device has now, bytes.
+    pub fn block_size(&self) -> u32 {
+        match &self.root {
+            Root::Zoned(node) => node.engine().geometry().block_size(),
+            Root::Other(node) => node.limits().block_size,
+        }
+    }
+
+    /// Erases all zones, as one operation, and gives the device blocks of `block_size` bytes: each zone is empty afterwards,
+    /// or offline where it was read-only or offline. Durable once acknowledged; a crash before that leaves the old block size
+    /// and zones that may be erased, or all of it. [`Device::limits`] says the new size from then on. Requests in flight are
+    /// carried out before, or are held against the new size; whoever shares the device has to follow.
+    ///
+    /// # Errors
+    /// `NotSupported` where it is none of [`Device::block_sizes`], and where this process does not keep the zones.
+    pub async fn format(&self, _lane: &Lane, block_size: u32) -> Result<(), Error> {
+        self.check_writable()?;
+        match &self.root {
+            Root::Zoned(node) => node.format(block_size).await,
+            Root::Other(_) => Err(Error::NotSupported("formatting")),
+        }
     }
 
     /// At most `max` zones that the filter shows, from the one that holds byte `from`.

@@ -245,7 +245,7 @@ impl<'a> From<zbdkit_qcow2::Resolved<'a>> for Resolved<'a> {
 /// counts wholly or not at all, answers exactly once, never panics for any argument, and may run on any thread
 /// that has a [`zbdkit_io::Runtime`]. Buffers are kept alive by the requests that use them.
 pub trait Node: Send + Sync {
-    /// Limits, fixed at opening.
+    /// Limits, fixed at opening; but for the block size where [`crate::Device::format`] changes it.
     fn limits(&self) -> &Limits;
 
     /// The driver's name, as in `driver=`.

@@ -5,13 +5,14 @@ mod nvme;
 use std::path::Path;
 use std::sync::Arc;
 
-use nvme::{Rig, open};
+use nvme::{DATA, Rig, open};
 use zbdkit_block::{
     CreateOptions, Device, Graph, Host, OpenOptions, OsHost, Qcow2CreateOptions, ZnsOptions, create,
     create_qcow2,
 };
 use zbdkit_io::{Runtime, RuntimeOptions};
 use zbdkit_spec::nvme::Status;
+use zbdkit_spec::nvme::base::AdminOpcode;
 use zbdkit_spec::nvme::nvm::Opcode;
 use zbdkit_spec::nvme::zns::{SendAction, SendCdw13};
 use zbdkit_testkit::conformance;
@@ -110,6 +111,66 @@ fn raw_with_a_sidecar_conforms_through_the_controller() {
     conforms(opened(&path, async |host| {
         create(host, &image(&path)).await.unwrap();
     }));
+}
+
+/// Formats the namespace to this of its formats.
+fn format(driver: &mut Driver, index: u32) {
+    let format = Entry::admin(AdminOpcode::FORMAT_NVM).nsid(1).cdw10(index);
+    assert_eq!(driver.admin(format), Status::SUCCESS);
+}
+
+/// From one format to the other with zones in use, over ends that nobody announced; in each it conforms.
+fn conforms_formatted(path: &Path, make: impl AsyncFnOnce(&Arc<dyn Host>)) {
+    let mut device = opened(path, make);
+    for (index, block_size) in [(0, 512), (1, 4096), (0, 512)] {
+        let rig = Rig::over(device, |_| {});
+        let mut driver = rig.driver();
+        driver.enable();
+        driver.make_io_queues(1);
+        // The suite left zones in many conditions, in the other blocks.
+        format(&mut driver, index);
+        let zone = (1 << 20) / u64::from(block_size);
+        let write = Entry::rw(Opcode::WRITE, 2 * zone, 1).prps(driver.prps(DATA, block_size.into()));
+        let extension = Entry::zone_send(SendAction::SET_DESCRIPTOR_EXTENSION, 3 * zone, SendCdw13::new())
+            .prps(driver.prps(DATA, 192));
+        let area = Entry::zone_send(SendAction::OPEN, 4 * zone, SendCdw13::new().with_zsaso(true));
+        for entry in [write, extension, area] {
+            assert_eq!(driver.io(1, entry), Status::SUCCESS, "{entry:?}");
+        }
+        drop((driver, rig));
+
+        device = opened(path, async |_| ());
+        assert_eq!(device.block_size(), block_size);
+        let rig = Rig::over(device, |_| {});
+        let mut driver = rig.driver();
+        driver.enable();
+        driver.make_io_queues(1);
+        format(&mut driver, index);
+        conform(driver);
+        drop(rig);
+        device = opened(path, async |_| ());
+        assert_eq!(device.block_size(), block_size);
+    }
+}
+
+#[test]
+fn a_formatted_raw_image_conforms_through_the_controller_and_stays_formatted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("zones.raw");
+    conforms_formatted(&path, async |host| {
+        create(host, &image(&path)).await.unwrap();
+    });
+}
+
+#[test]
+fn a_formatted_qcow2_image_conforms_through_the_controller_and_stays_formatted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("zones.qcow2");
+    conforms_formatted(&path, async |host| {
+        let mut options = Qcow2CreateOptions::new(&path, 12 << 20);
+        options.zones = Some(image(&path));
+        create_qcow2(host, &options).await.unwrap();
+    });
 }
 
 #[test]

@@ -6,6 +6,7 @@ use nvme::{CQ, DATA, Rig, SQ};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::AdminOpcode;
 use zbdkit_spec::nvme::controller::offset;
+use zbdkit_spec::nvme::feature::FeatureId;
 use zbdkit_spec::nvme::nvm::Opcode;
 use zbdkit_spec::vfio_user::pci_region;
 use zbdkit_testkit::nvme::{ADMIN_ENTRIES as ENTRIES, Driver, Entry, PAGE};
@@ -253,6 +254,41 @@ fn queues_that_cannot_be_are_refused_with_the_reason() {
         driver.io(1, Entry::rw(Opcode::READ, 0, 1).prps(prps)),
         Status::SUCCESS
     );
+}
+
+#[test]
+fn there_are_no_more_queues_than_the_host_was_given() {
+    let rig = Rig::new();
+    let mut driver = rig.driver();
+    driver.enable();
+    let create = |driver: &Driver, opcode: AdminOpcode, qid: u32, flags: u32| {
+        let mut entry = Entry::admin(opcode).prps((driver.address(CQ), 0));
+        entry.0.cdw10.set(qid | 7 << 16);
+        entry.0.cdw11.set(flags);
+        entry
+    };
+    let cq = |driver: &Driver, qid| create(driver, AdminOpcode::CREATE_IO_CQ, qid, 1);
+    let sq = |driver: &Driver, qid| create(driver, AdminOpcode::CREATE_IO_SQ, qid, 1 | 1 << 16);
+    // One submission queue and two completion queues, 0-based.
+    let mut number = Entry::admin(AdminOpcode::SET_FEATURES).cdw10(FeatureId::NUMBER_OF_QUEUES.0.into());
+    number.0.cdw11.set(1 << 16);
+    assert_eq!(driver.run(0, number).result, 1 << 16);
+    for (entry, expected) in [
+        (cq(&driver, 1), Status::SUCCESS),
+        (cq(&driver, 2), Status::SUCCESS),
+        (cq(&driver, 3), Status::INVALID_QUEUE_IDENTIFIER),
+        (sq(&driver, 2), Status::INVALID_QUEUE_IDENTIFIER),
+        (sq(&driver, 1), Status::SUCCESS),
+    ] {
+        assert_eq!(driver.admin(entry), expected, "{entry:?}");
+    }
+    // Whoever does not ask may make all of them.
+    driver.disable();
+    driver.enable();
+    for qid in 1..=4 {
+        let entry = cq(&driver, qid);
+        assert_eq!(driver.admin(entry), Status::SUCCESS);
+    }
 }
 
 #[test]

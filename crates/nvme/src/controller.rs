@@ -356,6 +356,14 @@ impl Controller {
         1 << least.max(1).ilog2()
     }
 
+    /// A command of this controller's host has changed attributes of a namespace: the hosts of the others are told (5.1.2).
+    pub(crate) fn tell_others(&self, nsid: u32) {
+        let others = self.subsystem.alive().into_iter();
+        for other in others.filter(|other| other.id != self.id) {
+            other.events.namespace_changed(nsid);
+        }
+    }
+
     pub(crate) fn log_error(&self, sqid: u16, entry: &SubmissionEntry, failure: &Failure) {
         let namespace = self.subsystem.namespace(entry.nsid.get());
         let csi = namespace.map_or(0, |namespace| namespace.csi().0);

@@ -101,7 +101,7 @@ struct Request {
 #[derive(Debug)]
 struct ChangedZones {
     nsid: u32,
-    /// First blocks; more than fit the list if there are too many for it.
+    /// First bytes; more than fit the list if there are too many for it.
     zones: BTreeSet<u64>,
 }
 
@@ -153,7 +153,7 @@ impl Events {
         self.lock().raise(event);
     }
 
-    /// A zone changed by itself; `start` is its first block.
+    /// A zone changed by itself; `start` is its first byte.
     pub(crate) fn zone_changed(&self, nsid: u32, start: u64) {
         let mut state = self.lock();
         let zones = state.zones_of(nsid);
@@ -170,7 +170,8 @@ impl Events {
         state.raise(Event::NamespaceAttribute);
     }
 
-    /// The zones of a namespace that changed since the list was read, in order: at most one more than fit the list.
+    /// The zones of a namespace that changed since the list was read, by their first bytes in order: at most one more than
+    /// fit the list.
     /// Unless `keep`, the list is empty afterwards and events of its kind are told again.
     pub(crate) fn changed_zones(&self, nsid: u32, keep: bool) -> Vec<u64> {
         let mut state = self.lock();

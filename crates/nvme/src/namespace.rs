@@ -73,7 +73,7 @@ pub struct Zones {
 /// A namespace. Shared by all controllers of its subsystem.
 pub struct Namespace {
     pub(crate) device: Device,
-    shift: u32,
+    /// Bytes.
     size: u64,
     uuid: Option<Uuid>,
     zones: Option<Zones>,
@@ -118,7 +118,6 @@ impl Namespace {
             }
         }
         Ok(Namespace {
-            shift: limits.block_size.ilog2(),
             // A short last zone is shown at full size, with a smaller capacity.
             size: zones.map_or(limits.size, |zones| zones.size * u64::from(zones.count)),
             uuid: options.uuid,
@@ -134,14 +133,23 @@ impl Namespace {
         &self.device
     }
 
-    /// Bytes of a logical block, as a power of two.
+    /// Bytes of a logical block now, as a power of two. Format NVM may change it: a command asks once.
+    #[inline]
     pub fn block_shift(&self) -> u32 {
-        self.shift
+        self.device.block_size().ilog2()
     }
 
     /// Size in logical blocks.
     pub fn blocks(&self) -> u64 {
-        self.size >> self.shift
+        self.size >> self.block_shift()
+    }
+
+    /// Bytes of a logical block in each of its LBA formats, by their indexes, and the index of the one that it has.
+    pub(crate) fn formats(&self) -> (Vec<u32>, usize) {
+        let sizes = self.device.block_sizes();
+        let now = self.device.block_size();
+        let index = sizes.iter().position(|size| *size == now);
+        (sizes, index.unwrap_or_default())
     }
 
     /// Bytes that one command must be able to transfer, at least (MDTS): a report of one zone with its descriptor extension
@@ -215,11 +223,12 @@ impl Namespace {
 
     /// Byte offset and length of a range, within the namespace.
     pub(crate) fn bytes(&self, blocks: Blocks) -> Result<(u64, u64), Failure> {
+        let shift = self.block_shift();
         let end = blocks.start.checked_add(blocks.count.into());
-        if end.is_none_or(|end| end > self.blocks()) {
+        if end.is_none_or(|end| end > self.size >> shift) {
             return Err(Status::LBA_OUT_OF_RANGE.into());
         }
-        Ok((blocks.start << self.shift, u64::from(blocks.count) << self.shift))
+        Ok((blocks.start << shift, u64::from(blocks.count) << shift))
     }
 
     pub(crate) fn cross(&self) -> CrossZone {

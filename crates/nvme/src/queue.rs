@@ -176,8 +176,9 @@ impl<T: Transfer> Request<'_, T> {
         if namespace.zones().is_none() {
             return Err(Status::INVALID_OPCODE.into());
         }
+        let shift = namespace.block_shift();
         let (offset, _) = namespace.bytes(Blocks { count: 1, ..blocks })?;
-        let len = self.transfer_len(u64::from(blocks.count) << namespace.block_shift())?;
+        let len = self.transfer_len(u64::from(blocks.count) << shift)?;
         if len as u64 > self.queue.max_append {
             return Err(Status::INVALID_FIELD.into());
         }
@@ -185,7 +186,7 @@ impl<T: Transfer> Request<'_, T> {
         let result = namespace.device.append(lane, buf, offset).await;
         let at = result.map_err(|error| failure(&error, Kind::Write))?;
         self.written(namespace, lane, len, fua).await?;
-        Ok(at >> namespace.block_shift())
+        Ok(at >> shift)
     }
 
     /// After each change of data: counts it, and makes it durable where that was asked for.

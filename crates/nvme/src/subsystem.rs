@@ -140,13 +140,11 @@ impl Subsystem {
     /// A zone of a namespace became read-only or offline, or got attributes, without the host's doing: all controllers
     /// tell their hosts. `start` is the zone's first byte.
     pub fn zone_changed(&self, nsid: u32, start: u64) {
-        let Some(namespace) = self.namespace(nsid) else {
+        if self.namespace(nsid).is_none() {
             return;
-        };
+        }
         for controller in self.alive() {
-            controller
-                .events
-                .zone_changed(nsid, start >> namespace.block_shift());
+            controller.events.zone_changed(nsid, start);
         }
     }
 

@@ -7,9 +7,9 @@ use zbdkit_block::ZoneOp;
 use zbdkit_nvme::{ControllerOptions, Direction, NamespaceOptions};
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::command::NSID_ALL;
-use zbdkit_spec::nvme::nvm::{CopyRange, DsmRange, Opcode};
+use zbdkit_spec::nvme::nvm::{CopyRange, DsmRange, IdentifyNamespace, Opcode};
 use zbdkit_spec::nvme::zns::SendAction;
-use zerocopy::{FromZeros, IntoBytes};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Blocks of the conventional namespace.
 const BLOCKS: u64 = 8 << 20 >> 9;
@@ -421,5 +421,6 @@ fn blocks_of_4096_bytes_are_shown_as_such() {
     let data = pattern(0, 16);
     assert_eq!(host.send(rw(Opcode::WRITE.0, 1, 256, 2), &data), Status::SUCCESS);
     assert!(host.read(1, 256, 2) == data);
-    assert_eq!(host.ask(host::identify(0, 1, 0))[130], 12);
+    let shown = IdentifyNamespace::read_from_bytes(&host.ask(host::identify(0, 1, 0))).unwrap();
+    assert_eq!(shown.format().lbads, 12);
 }

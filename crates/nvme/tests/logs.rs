@@ -208,6 +208,43 @@ fn a_host_is_told_of_zones_that_change_by_themselves() {
 }
 
 #[test]
+fn a_list_that_was_not_delivered_is_kept_with_its_event() {
+    let host = Host::new();
+    let memory = Memory::new(Vec::new());
+    let events = set_feature(FeatureId::ASYNC_EVENT_CONFIGURATION.0, 1 << 8 | 1 << 27);
+    assert_eq!(host.tell(events, &[]).0, Status::SUCCESS);
+    let event = || {
+        let aer = entry(AdminOpcode::ASYNC_EVENT_REQUEST.0, 0);
+        host.runtime
+            .block_on(poll_once(host.admin.execute(&aer, &memory, &host.queues)))
+    };
+    for (lid, nsid) in [
+        (LogId::CHANGED_ZONES, ZONED_NSID),
+        (LogId::CHANGED_NAMESPACES, NSID_ALL),
+    ] {
+        let change = || match lid {
+            LogId::CHANGED_ZONES => host.subsystem.zone_changed(ZONED_NSID, ZONE * 512),
+            _ => host.subsystem.namespace_changed(PLAIN_NSID),
+        };
+        change();
+        assert!(event().is_some(), "{lid:?}");
+        let command = get_log(lid.0, nsid, 4096);
+        let mut past = command;
+        past.cdw12 = 4096.into();
+        assert_eq!(host.tell(past, &[]).0, Status::INVALID_FIELD);
+        let nowhere = Memory::failing(Status::DATA_TRANSFER_ERROR.into());
+        let lost = host.admin(&command, &nowhere).status.status();
+        assert_eq!(lost, Status::DATA_TRANSFER_ERROR);
+        // What is told already is not told again before it is read.
+        change();
+        assert!(event().is_none(), "{lid:?}");
+        assert!(host.ask(command) != [0; 4096], "{lid:?}: it is still there");
+        assert_eq!(host.ask(command), [0; 4096], "{lid:?}: it was read");
+    }
+    host.must_work();
+}
+
+#[test]
 fn a_host_is_not_told_of_what_it_does_itself() {
     let host = Host::new();
     let events = set_feature(FeatureId::ASYNC_EVENT_CONFIGURATION.0, 1 << 27);

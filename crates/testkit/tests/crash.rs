@@ -3,7 +3,8 @@
 mod crash_support;
 
 use crash_support::{
-    SEED, case, caught, failing, hold, host_aware, host_managed, many_zones, mapped, zoned_namespace,
+    SEED, case, caught, failing, formattable, hold, host_aware, host_managed, many_zones, mapped,
+    zoned_namespace,
 };
 use zbdkit_block::RunStateMode;
 use zbdkit_testkit::crash::host::{FaultKind, Lie, Role};
@@ -81,6 +82,44 @@ fn every_crash_of_a_short_history_in_an_area_is_allowed() {
         total += result.unwrap_or_else(|violation| panic!("{violation}"));
     }
     println!("zns-short: {total} states, all that there are up to 128 a moment");
+}
+
+#[test]
+fn a_format_is_wholly_there_or_has_only_erased() {
+    hold(case("format", formattable(), Mix::FORMAT), 20);
+    hold(mapped(case("format-mapped", formattable(), Mix::FORMAT)), 20);
+}
+
+#[test]
+fn a_format_keeps_the_contract_in_all_modes_and_after_failures() {
+    let format = |name| case(name, formattable(), Mix::FORMAT);
+    hold(run_state(format("format-sync"), RunStateMode::Sync), 8);
+    hold(run_state(format("format-none"), RunStateMode::None), 8);
+    let write = FaultKind::Write;
+    hold(failing(format("format-table"), Role::Table, write, ENOSPC), 8);
+    hold(
+        failing(format("format-sync-fails"), Role::Table, FaultKind::Sync, EIO),
+        8,
+    );
+}
+
+#[test]
+fn every_crash_of_a_short_history_with_formats_is_allowed() {
+    let few = Mix {
+        format: 20,
+        zones: 2,
+        ..Mix::FORMAT
+    };
+    let mut case = case("format-short", formattable(), few);
+    case.plan.clients = 2;
+    case.plan.requests = 4;
+    let mut total = 0;
+    for number in 0..4 {
+        let mut tally = Tally::default();
+        let result = exhaust(&case, SEED + number, 128, &mut tally);
+        total += result.unwrap_or_else(|violation| panic!("{violation}"));
+    }
+    println!("format-short: {total} states, all that there are up to 128 a moment");
 }
 
 #[test]

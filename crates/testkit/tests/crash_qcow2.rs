@@ -3,7 +3,8 @@
 mod crash_support;
 
 use crash_support::{
-    SEED, case, caught, failing, hold, host_aware, host_managed, many_zones, mapped, tried, zoned_namespace,
+    SEED, case, caught, failing, formattable, hold, host_aware, host_managed, many_zones, mapped, tried,
+    zoned_namespace,
 };
 use zbdkit_block::{CreateOptions, Qcow2Layout, RunStateMode};
 use zbdkit_testkit::crash::host::{FaultKind, Lie, Role};
@@ -90,6 +91,23 @@ fn areas_extensions_and_attributes_keep_the_contract_over_a_base_and_with_snapsh
 #[test]
 fn snapshots_with_areas_and_extensions_are_made_applied_and_deleted_wholly_or_not_at_all() {
     tell(short(case("steps-zns", namespace(4096), Mix::ZNS)), 4);
+}
+
+#[test]
+fn a_format_is_wholly_there_or_has_only_erased() {
+    let image = |cluster_size| Image::qcow2(formattable(), layout(cluster_size));
+    hold(case("qcow2-format", image(4096), Mix::FORMAT), 8);
+    hold(mapped(case("qcow2-format-16k", image(16384), Mix::FORMAT)), 6);
+    let snapshots = image(4096).with_snapshots();
+    hold(case("qcow2-format-snapshots", snapshots, Mix::FORMAT), 6);
+    let over = image(4096).over(image(8192));
+    hold(case("qcow2-format-over", over, Mix::FORMAT), 6);
+}
+
+#[test]
+fn snapshots_bring_back_the_block_size_that_they_were_made_with() {
+    let image = Image::qcow2(formattable(), layout(4096));
+    tell(short(case("steps-format", image, Mix::FORMAT)), 4);
 }
 
 #[test]

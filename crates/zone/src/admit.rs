@@ -3,7 +3,7 @@
 use crate::engine::{Engine, ZRWA};
 use crate::error::{Refused, ZoneError};
 use crate::permit::{Order, ReadPermit, WritePermit};
-use crate::rules::{Appends, Writable, writable};
+use crate::rules::{Appends, Writable, blocks, writable};
 use crate::slots::{NIL, SlotPool};
 use crate::sync::lock;
 use crate::types::{Condition, ZoneNo, ZoneType};
@@ -17,7 +17,7 @@ impl Engine {
     /// and `NoSlot`: try later.
     pub fn admit_write(&self, pool: &mut SlotPool, offset: u64, len: u64) -> Result<WritePermit, Refused> {
         let end = self.geometry.range(offset, len)?;
-        self.geometry.blocks(offset, len)?;
+        blocks(offset, len, self.geometry().block_size())?;
         let zone = self.geometry.zone_of(offset);
         let kind = self.geometry.zone_type(zone);
         if kind == ZoneType::Conventional {
@@ -54,7 +54,7 @@ impl Engine {
         let zone = self.geometry.zone_at(zone_start)?;
         let appends = Appends {
             max: self.geometry.max_append(),
-            granularity: self.geometry.block_size(),
+            granularity: self.geometry().block_size(),
         };
         appends.check(zone, self.geometry.zone_type(zone), zone_start, len)?;
         self.check_lost();
@@ -76,6 +76,8 @@ impl Engine {
         let start = self.geometry.start(zone);
         let mut z = self.lock(zone);
         z.admits_writes()?;
+        // Once more: the device may have got blocks of another size since.
+        blocks(offset.unwrap_or(start), len, self.geometry().block_size())?;
         if z.is(ZRWA) {
             return self.admit_window(z, offset, len);
         }

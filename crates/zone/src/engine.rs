@@ -23,7 +23,12 @@ use crate::types::{Attributes, Condition, Counters, Recommendation, ZoneNo, Zone
 /// [`Geometry::zone_at`] or [`Geometry::zone_of`].
 pub struct Engine {
     pub(crate) id: EngineId,
+    /// The shape, which never changes. Its block size is not the one that counts: see [`Engine::geometry`].
     pub(crate) geometry: Geometry,
+    /// The same with each block size that the device can have.
+    pub(crate) formats: Box<[Geometry]>,
+    /// The one that it has.
+    pub(crate) format: AtomicU8,
     pub(crate) zones: Zones,
     pub(crate) accounting: Accounting,
     pub(crate) dirty: Dirty,
@@ -147,13 +152,10 @@ impl Engine {
             conventional: Mutex::new(()),
             notes_seen: AtomicU64::new(lost::notes()),
             abandoned: Mutex::new(Vec::new()),
+            formats: Box::new([geometry]),
+            format: AtomicU8::new(0),
             geometry,
         })
-    }
-
-    /// The shape of the device.
-    pub fn geometry(&self) -> &Geometry {
-        &self.geometry
     }
 
     /// Reserves the places of `n` writes in flight, for one lane. The pool is empty (its capacity says so)

@@ -436,4 +436,12 @@ pub enum GeometryError {
         /// The block size.
         block_size: u32,
     },
+    /// The append limit of a device is not some of the blocks that it should get.
+    #[error("max append {max_append} is not a multiple of the block size {block_size}")]
+    AppendUnaligned {
+        /// The append limit.
+        max_append: u64,
+        /// The block size.
+        block_size: u32,
+    },
 }

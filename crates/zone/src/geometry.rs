@@ -1,7 +1,6 @@
 //! The shape of a zoned device, checked once, and the arithmetic on it.
 
 use crate::error::{GeometryError, ZoneError};
-use crate::rules;
 use crate::types::{Model, ZoneNo, ZoneRecord, ZoneType};
 
 /// The most zones a device can have. The engine takes 64 bytes of memory a zone, and an image that claims
@@ -102,6 +101,25 @@ impl Geometry {
             nr_zones,
             shift,
         })
+    }
+
+    /// The same device with blocks of another size: every other figure stays what it is.
+    ///
+    /// # Errors
+    /// A figure that is no multiple of such blocks.
+    pub fn with_block_size(&self, block_size: u32) -> Result<Geometry, GeometryError> {
+        let other = Geometry::new(GeometrySpec {
+            block_size,
+            ..self.spec
+        })?;
+        let max_append = self.spec.max_append;
+        if other.spec.max_append != max_append {
+            return Err(GeometryError::AppendUnaligned {
+                max_append,
+                block_size,
+            });
+        }
+        Ok(other)
     }
 
     /// The figures, as corrected by [`Geometry::new`].
@@ -265,11 +283,6 @@ impl Geometry {
             Some(end) if end <= size && offset < size => Ok(end),
             _ => Err(ZoneError::OutOfRange { offset, len, size }),
         }
-    }
-
-    /// That a range is some whole blocks.
-    pub(crate) fn blocks(&self, offset: u64, len: u64) -> Result<(), ZoneError> {
-        rules::blocks(offset, len, self.spec.block_size)
     }
 }
 

@@ -26,6 +26,7 @@ mod complete;
 mod dirty;
 mod engine;
 mod error;
+mod format;
 mod geometry;
 mod lost;
 mod manage;

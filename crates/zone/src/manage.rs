@@ -84,7 +84,13 @@ impl Engine {
             | ExclusiveOp::OpenZrwa
             | ExclusiveOp::SetExtension { .. }
             | ExclusiveOp::Recommend(_) => self.managed(zone)?,
-            ExclusiveOp::SetReadOnly | ExclusiveOp::SetOffline | ExclusiveOp::SetNormal => self.lock(zone),
+            ExclusiveOp::Format if self.geometry.is_conventional(zone) => {
+                return Err(ZoneError::Conventional { zone }.into());
+            }
+            ExclusiveOp::Format
+            | ExclusiveOp::SetReadOnly
+            | ExclusiveOp::SetOffline
+            | ExclusiveOp::SetNormal => self.lock(zone),
         };
         z.not_busy()?;
         if z.is(POISONED) {
@@ -96,7 +102,7 @@ impl Engine {
             ExclusiveOp::Finish | ExclusiveOp::FinishUnlimited | ExclusiveOp::FinishByDevice => {
                 condition == Condition::Full
             }
-            ExclusiveOp::OpenZrwa | ExclusiveOp::SetExtension { .. } => false,
+            ExclusiveOp::Format | ExclusiveOp::OpenZrwa | ExclusiveOp::SetExtension { .. } => false,
             ExclusiveOp::Recommend(what) => z.attributes().recommended == what,
             ExclusiveOp::SetReadOnly => condition == Condition::ReadOnly,
             ExclusiveOp::SetOffline => condition == Condition::Offline,
@@ -212,7 +218,7 @@ impl Engine {
     /// # Errors
     /// Why it cannot.
     pub fn check(&self, zone: ZoneNo, record: &ZoneRecord) -> Result<(), RecordError> {
-        check_record(&self.geometry, zone, record)
+        check_record(self.geometry(), zone, record)
     }
 
     /// The condition of a zone with that record that nobody has open.
@@ -270,6 +276,18 @@ impl Engine {
                     counters,
                     ..ZoneRecord::default()
                 };
+            }
+            ExclusiveOp::Format => {
+                let mut erased = ZoneRecord {
+                    offline: record.offline || record.read_only,
+                    counters: record.counters,
+                    ..ZoneRecord::default()
+                };
+                // Most zones are empty already, and nothing of them has to be written then.
+                if erased != record {
+                    erased.counters.resets = erased.counters.resets.saturating_add(1);
+                }
+                record = erased;
             }
             ExclusiveOp::Finish | ExclusiveOp::FinishUnlimited | ExclusiveOp::FinishByDevice => {
                 record.written = self.data_len(z);

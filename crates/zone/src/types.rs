@@ -262,6 +262,9 @@ pub enum CloseEmpty {
 pub enum ExclusiveOp {
     /// The zone becomes empty.
     Reset,
+    /// The zone becomes empty, or offline if it is read-only or offline, and holds nothing (ZNS 1.2, 2.1.1.3). Also an empty
+    /// one is held until then, so that no request is anywhere while the block size changes ([`crate::Engine::set_format`]).
+    Format,
     /// The zone becomes full without being written further. An empty one needs resources to be available, as if it were
     /// opened, as virtio-blk, ZBC and ZAC have it.
     Finish,

@@ -29,7 +29,8 @@ pub(super) fn play(stage: &Stage<'_>) -> Result<()> {
     }
     let share = stage.image("share");
     std::fs::create_dir(&share)?;
-    let daemon = stage.serve(&[zones, plain_raw(&plain)])?;
+    let namespaces = [zones, plain_raw(&plain)];
+    let daemon = stage.serve(&namespaces)?;
     let mut guest = ZONES.describe(stage.guest("guest", SCRIPT, &daemon));
     guest.share = Some(share.clone());
     guest
@@ -39,6 +40,12 @@ pub(super) fn play(stage: &Stage<'_>) -> Result<()> {
         .qemu_args
         .extend(qemu::plain_namespace(&stage.image("qemu-plain.raw")));
     guest.run()?.check()?;
+    daemon.kill()?;
+    // The last thing was a format to another block size, and writes after it.
+    let daemon = stage.serve(&namespaces)?;
+    let mut guest = ZONES.describe(stage.guest("formatted", SCRIPT, &daemon));
+    guest.share = Some(share.clone());
+    guest.variable("PART", "formatted").run()?.check()?;
     daemon.stop()?;
 
     let read = |name: &str| {

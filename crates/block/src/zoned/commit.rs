@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex};
 
+use zbdkit_spec::sidecar::Header;
 use zbdkit_zone::{Engine, ZoneNo, ZoneRecord};
 
 use super::mirror::{Mirror, is_beyond_bare_tables};
@@ -31,6 +32,8 @@ pub struct Work {
     data: bool,
     /// Also this list of marked blocks.
     marks: Option<MarkList>,
+    /// Then also that blocks are of this size.
+    block_size: Option<u32>,
 }
 
 /// The writer of an image's durable table.
@@ -116,6 +119,11 @@ impl Committer {
             work.marks = Some(list);
         };
         self.round(add, at).await
+    }
+
+    /// Makes it durable that the image has blocks of another size. What zones hold must be durable before, and fit it.
+    pub async fn set_block_size(&self, block_size: u32, at: &Image<'_>) -> Result<(), Error> {
+        self.round(|work| work.block_size = Some(block_size), at).await
     }
 
     async fn round(&self, add: impl FnOnce(&mut Work), at: &Image<'_>) -> Result<(), Error> {
@@ -231,15 +239,21 @@ async fn run(work: Work, tables: &mut Tables, at: &Image<'_>) -> Result<(), i32>
     if let Some(list) = &work.marks {
         keep_marks(tables, list).await?;
     }
-    if changes.is_empty() {
-        return Ok(());
-    }
     if let Some(holder) = &tables.holder
         && changes.values().any(is_beyond_bare_tables)
     {
         holder.mark().await.map_err(|error| error.errno())?;
     }
-    write(tables, &changes).await.map_err(|error| table_errno(&error))
+    let written = async {
+        if !changes.is_empty() {
+            write(tables, &changes).await?;
+        }
+        if let Some(block_size) = work.block_size {
+            write_block_size(&mut tables.table, block_size).await?;
+        }
+        Ok(())
+    };
+    written.await.map_err(|error| table_errno(&error))
 }
 
 async fn keep_marks(Tables { table, holder, .. }: &mut Tables, list: &MarkList) -> Result<(), i32> {
@@ -270,6 +284,13 @@ async fn write(tables: &mut Tables, changes: &BTreeMap<u32, ZoneRecord>) -> Resu
         mirror.raise(changes).await?;
     }
     Ok(())
+}
+
+/// Behind a sync and before another: a header that is torn leaves its other copy, and the old size.
+async fn write_block_size(table: &mut Table, block_size: u32) -> Result<(), TableError> {
+    let change = |header: &mut Header| header.block_size = block_size.into();
+    table.update_header(change).await?;
+    table.sync().await
 }
 
 fn table_errno(error: &TableError) -> i32 {

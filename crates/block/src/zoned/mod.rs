@@ -10,6 +10,7 @@ mod below;
 mod commit;
 mod epoch;
 mod extensions;
+mod format;
 mod gaps;
 mod make;
 mod marks;
@@ -60,7 +61,8 @@ pub struct ZonedNode {
     child: Arc<dyn Node>,
     /// What the user knows the image as.
     driver: &'static str,
-    limits: Limits,
+    /// In each of the engine's formats.
+    limits: Box<[Limits]>,
     engine: Engine,
     waiters: Waiters,
     gaps: Gaps,
@@ -416,7 +418,7 @@ impl ZonedNode {
         usize::try_from(len).map_err(|_| Error::OutOfRange {
             offset,
             len,
-            size: self.limits.size,
+            size: self.limits().size,
         })
     }
 
@@ -451,7 +453,7 @@ impl Data {
 
 impl Node for ZonedNode {
     fn limits(&self) -> &Limits {
-        &self.limits
+        &self.limits[self.engine.format_index()]
     }
 
     fn driver(&self) -> &'static str {
@@ -564,11 +566,12 @@ impl Node for ZonedNode {
         sink: &'a mut dyn FnMut(ZoneInfo) -> ControlFlow<()>,
     ) -> Request<'a, ()> {
         Box::pin(async move {
-            if from >= self.limits.size {
+            let size = self.limits().size;
+            if from >= size {
                 return Err(Error::OutOfRange {
                     offset: from,
                     len: 0,
-                    size: self.limits.size,
+                    size,
                 });
             }
             self.engine.report(from, filter, sink);

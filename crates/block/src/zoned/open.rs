@@ -11,6 +11,7 @@ use zbdkit_zone::{Engine, Geometry, ZoneNo, ZoneRecord};
 
 use super::commit::Committer;
 use super::extensions::{Extensions, Slots};
+use super::format::{formats_of, limits_of};
 use super::gaps::Gaps;
 use super::make::{Records, spec_of};
 use super::mirror::Mirror;
@@ -161,11 +162,10 @@ impl ZonedNode {
         marks: MarkList,
         status: Option<ImageStatus>,
     ) -> ZonedNode {
-        let mut limits = child.limits().clone();
-        limits.size = engine.geometry().size();
-        limits.block_size = engine.geometry().block_size();
-        limits.read_only |= matches!(durability, Durability::ReadOnly);
-        limits.zoned = Some(*engine.geometry());
+        let formats = formats_of(engine.geometry(), child.limits());
+        let engine = engine.with_formats(formats);
+        let read_only = matches!(durability, Durability::ReadOnly);
+        let limits = limits_of(&engine, child.limits(), read_only);
         ZonedNode {
             child,
             driver: "zoned",

@@ -64,21 +64,36 @@ impl ZonedNode {
         permits: Vec<ExclusivePermit>,
         op: ExclusiveOp,
     ) -> Result<(), Error> {
-        let records: Vec<(ZoneNo, ZoneRecord)> = permits
+        let result = self.make_durable(&self.changes(&permits), op).await;
+        self.end(permits, &result);
+        result
+    }
+
+    /// The records that operations on drained zones will change.
+    pub(super) fn changes(&self, permits: &[ExclusivePermit]) -> Vec<(ZoneNo, ZoneRecord)> {
+        let after = permits
             .iter()
-            .map(|permit| (permit.zone(), self.engine.record_after(permit)))
-            .collect();
-        let result = self.make_durable(&records, op).await;
+            .map(|permit| (permit.zone(), self.engine.record_after(permit)));
+        after
+            .filter(|(zone, record)| *record != self.engine.record(*zone))
+            .collect()
+    }
+
+    /// Lets requests in again, into zones as the operation leaves them, or as they were where it failed.
+    pub(super) fn end(&self, permits: Vec<ExclusivePermit>, result: &Result<(), Error>) {
         for permit in permits {
             match result {
                 Ok(()) => self.engine.commit(permit, &self.waiters),
                 Err(_) => self.engine.abort(permit, &self.waiters),
             }
         }
-        result
     }
 
-    async fn make_durable(&self, records: &[(ZoneNo, ZoneRecord)], op: ExclusiveOp) -> Result<(), Error> {
+    pub(super) async fn make_durable(
+        &self,
+        records: &[(ZoneNo, ZoneRecord)],
+        op: ExclusiveOp,
+    ) -> Result<(), Error> {
         if op.allocates() {
             // The flush below syncs these zeros before it writes the record that lets them be read.
             for (zone, _) in records {
@@ -92,7 +107,7 @@ impl ZonedNode {
             (Durability::ReadOnly, _) => return Err(Error::ReadOnly),
             // The table alone decides: a word of the run state counts only while its generation is the table's, so
             // a crash finds the zone either as it was or reset and counted.
-            (Durability::Table { committer, .. }, ExclusiveOp::Reset) => {
+            (Durability::Table { committer, .. }, ExclusiveOp::Reset | ExclusiveOp::Format) => {
                 committer.record(records, &self.image()).await?;
                 self.set_run_state(committer, records)?;
             }
@@ -101,8 +116,8 @@ impl ZonedNode {
             (Durability::Table { committer, .. }, _) => committer.flush(records, &self.image()).await?,
             (Durability::Volatile, _) => {}
         }
-        if op == ExclusiveOp::Reset
-            && let Err(error) = self.give_back(records).await
+        if matches!(op, ExclusiveOp::Reset | ExclusiveOp::Format)
+            && let Err(error) = self.give_back(records, op).await
         {
             // The table says empty, the engine will not: neither may be believed further.
             if let Durability::Table { committer, .. } = &self.durability {
@@ -130,13 +145,17 @@ impl ZonedNode {
         Ok(())
     }
 
-    /// What is left of reset zones goes, before they take writes again: marks first, which must not meet new data.
-    async fn give_back(&self, records: &[(ZoneNo, ZoneRecord)]) -> Result<(), Error> {
+    /// What is left of reset zones goes, before they take writes again: marks first, which must not meet new data. A format
+    /// leaves none anywhere: those that are not in force may not fit the new blocks.
+    async fn give_back(&self, records: &[(ZoneNo, ZoneRecord)], op: ExclusiveOp) -> Result<(), Error> {
         let geometry = self.engine.geometry();
-        let zones = records.iter();
-        let ranges: Vec<_> = zones
-            .map(|(zone, _)| geometry.start(*zone)..geometry.end(*zone))
-            .collect();
+        let ranges: Vec<_> = match op {
+            ExclusiveOp::Format => vec![0..geometry.size()],
+            _ => records
+                .iter()
+                .map(|(zone, _)| geometry.start(*zone)..geometry.end(*zone))
+                .collect(),
+        };
         self.forget_marks(&ranges).await?;
         self.free(records).await
     }
@@ -204,9 +223,15 @@ impl ZonedNode {
         }
     }
 
-    /// One operation: all zones are closed in ascending order (so that two of these cannot block each other),
-    /// then drained, then made durable by one write of the table.
+    /// One operation, made durable by one write of the table.
     pub(super) async fn reset_every_zone(&self) -> Result<(), Error> {
+        let permits = self.close_every_zone(ExclusiveOp::Reset).await?;
+        self.finish_exclusive(permits, ExclusiveOp::Reset).await
+    }
+
+    /// Closes all sequential zones, in ascending order (so that two operations on all cannot block each other), and drains
+    /// them; those to which the operation has nothing to do, or which it cannot change, are left alone.
+    pub(super) async fn close_every_zone(&self, op: ExclusiveOp) -> Result<Vec<ExclusivePermit>, Error> {
         self.check_epoch()?;
         let mut permits = Vec::new();
         let mut failed = None;
@@ -216,7 +241,7 @@ impl ZonedNode {
             .zones()
             .skip(self.engine.geometry().nr_conventional() as usize)
         {
-            match self.begin(zone, ExclusiveOp::Reset).await {
+            match self.begin(zone, op).await {
                 Ok(permit) => permits.extend(permit),
                 // Not to be reset: passed over.
                 Err(Error::Zone(ZoneError::ReadOnly { .. } | ZoneError::Offline { .. })) => {}
@@ -229,12 +254,13 @@ impl ZonedNode {
         for permit in &permits {
             self.drain(permit).await;
         }
-        if let Some(error) = failed {
-            permits
-                .into_iter()
-                .for_each(|permit| self.engine.abort(permit, &self.waiters));
-            return Err(error);
+        match failed {
+            None => Ok(permits),
+            Some(error) => {
+                let held = permits.into_iter();
+                held.for_each(|permit| self.engine.abort(permit, &self.waiters));
+                Err(error)
+            }
         }
-        self.finish_exclusive(permits, ExclusiveOp::Reset).await
     }
 }

@@ -84,16 +84,18 @@ impl QueueCommands {
         (index, &self.workers[index])
     }
 
+    /// `most_z` is the largest identifier less one, which is what the Number of Queues feature says (5.2.1, 5.2.2).
     fn check(
         &self,
         qid: u16,
+        most_z: u16,
         entries: u32,
         prp1: u64,
         contiguous: bool,
         entry_bytes: usize,
     ) -> Result<(), Failure> {
         let options = self.front.controller.options();
-        if qid == 0 || qid > options.io_queues {
+        if qid == 0 || qid - 1 > most_z {
             return Err(Status::INVALID_QUEUE_IDENTIFIER.into());
         }
         if entries < 2 || entries > options.queue_entries {
@@ -128,7 +130,8 @@ impl QueueControl for QueueCommands {
             contiguous,
             vector,
         } = queue;
-        self.check(qid, entries, prp1, contiguous, COMPLETION_ENTRY_BYTES)?;
+        let most_z = self.front.controller.allotted().ncq_z();
+        self.check(qid, most_z, entries, prp1, contiguous, COMPLETION_ENTRY_BYTES)?;
         if vector.is_some_and(|vector| vector > self.front.controller.options().io_queues) {
             return Err(Status::INVALID_INTERRUPT_VECTOR.into());
         }
@@ -161,7 +164,8 @@ impl QueueControl for QueueCommands {
             contiguous,
             cqid,
         } = queue;
-        self.check(qid, entries, prp1, contiguous, SUBMISSION_ENTRY_BYTES)?;
+        let most_z = self.front.controller.allotted().nsq_z();
+        self.check(qid, most_z, entries, prp1, contiguous, SUBMISSION_ENTRY_BYTES)?;
         let shadow = {
             let mut registry = self.registry.borrow_mut();
             match registry.cqs.get(usize::from(cqid)) {

@@ -6,7 +6,7 @@ use zbdkit_spec::nvme::base::{
     Oacs, Oncs,
 };
 use zbdkit_spec::nvme::command::NSID_ALL;
-use zbdkit_spec::nvme::nvm;
+use zbdkit_spec::nvme::nvm::{self, Flbas};
 use zbdkit_spec::nvme::zns::{self, NO_LIMIT, Ozcs, ZDES_UNIT, ZrwaCap};
 use zbdkit_zone::Zrwa;
 use zerocopy::{FromZeros, IntoBytes};
@@ -202,9 +202,19 @@ impl Controller {
 
     fn identify_namespace(&self, namespace: &Namespace) -> Page {
         let mut data = nvm::IdentifyNamespace::new_zeroed();
-        data.nsze = namespace.blocks().into();
-        data.ncap = namespace.blocks().into();
-        data.nuse = namespace.blocks().into();
+        let (formats, format) = namespace.formats();
+        let blocks = namespace.blocks();
+        data.nsze = blocks.into();
+        data.ncap = blocks.into();
+        data.nuse = blocks.into();
+        data.nlbaf_z = (formats.len() - 1) as u8;
+        data.flbas = Flbas::new().with_low(format as u8).into_bits();
+        // Blocks of less than a page cost a page's work each.
+        let best = formats.len() - 1;
+        for (index, (place, size)) in data.lbaf.iter_mut().zip(&formats).enumerate() {
+            place.lbads = size.ilog2() as u8;
+            place.rp = if index == best { BEST } else { BETTER };
+        }
         data.nmic = self.sharing();
         // What is deallocated reads as zeros, and Write Zeroes can deallocate.
         data.dlfeat = 0b1001;
@@ -213,7 +223,6 @@ impl Controller {
         data.mcl = u32::try_from(copy_blocks).unwrap_or(u32::MAX).into();
         data.msrc_z = (COPY_MAX_RANGES - 1) as u8;
         data.nsattr = namespace.read_only().into();
-        data.lbaf[0].lbads = namespace.block_shift() as u8;
         page(&data)
     }
 
@@ -310,10 +319,13 @@ fn namespace_of(namespace: &Namespace, csi: Csi) -> Result<Page, Failure> {
                 .into();
             data.mar_z = limit_z(zones.max_active).into();
             data.mor_z = limit_z(zones.max_open).into();
-            data.lbafe[0].zsze = (zones.size >> namespace.block_shift()).into();
-            data.lbafe[0].zdes = (zones.extension_size as usize / ZDES_UNIT) as u8;
+            for (place, size) in data.lbafe.iter_mut().zip(namespace.formats().0) {
+                place.zsze = (zones.size / u64::from(size)).into();
+                place.zdes = (zones.extension_size as usize / ZDES_UNIT) as u8;
+            }
             if let Some(zrwa) = zones.zrwa {
-                let blocks = |bytes: u64| (bytes >> namespace.block_shift()) as u16;
+                let shift = namespace.block_shift();
+                let blocks = |bytes: u64| (bytes >> shift) as u16;
                 data.numzrwa = zrwa_count(zones, zrwa).into();
                 data.zrwafg = blocks(zrwa.granularity).into();
                 data.zrwasz = blocks(zrwa.size).into();
@@ -358,6 +370,9 @@ fn blank_padded(field: &mut [u8], text: &str) {
     field[..text.len()].copy_from_slice(text.as_bytes());
 }
 
+/// Relative performance of LBA formats.
+const BEST: u8 = 0;
+const BETTER: u8 = 1;
 /// Composite temperature from which on it fails, kelvins.
 const CRITICAL_TEMPERATURE: u16 = 373;
 /// Keep alive timers run in units of this many times 100 ms.

@@ -36,22 +36,23 @@ const PAGES: [LogId; 9] = [
 const DATA_UNIT: u64 = 512_000;
 
 impl Controller {
-    /// A log page, as much of it as there is from the offset on, and at most as long as asked for.
-    pub(super) fn log_page(&self, log: &GetLog) -> Result<Vec<u8>, Failure> {
+    /// A log page, as much of it as there is from the offset on, and at most as long as asked for. Unless `keep`, the event
+    /// that belongs to it counts as told, and what the page lists as read.
+    pub(super) fn log_page(&self, log: &GetLog, keep: bool) -> Result<Vec<u8>, Failure> {
         if log.by_index {
             return Err(Status::INVALID_FIELD.into());
         }
         let mut page = match log.page {
             LogId::SUPPORTED_LOG_PAGES => supported_pages(),
             LogId::ERROR_INFORMATION => self.error_information(),
-            LogId::SMART => self.smart(log)?,
+            LogId::SMART => self.smart(log, keep)?,
             LogId::FIRMWARE_SLOT => self.firmware_slots(),
-            LogId::CHANGED_NAMESPACES => self.changed_namespaces(log.retain_event),
+            LogId::CHANGED_NAMESPACES => self.changed_namespaces(keep),
             LogId::COMMANDS_SUPPORTED_AND_EFFECTS => self.command_effects(log.csi)?,
             LogId::FEATURES_SUPPORTED_AND_EFFECTS => self.feature_effects(),
             // There are no such commands.
             LogId::MI_COMMANDS_SUPPORTED_AND_EFFECTS => vec![0; EFFECTS_BYTES],
-            LogId::CHANGED_ZONES => self.changed_zones(log)?,
+            LogId::CHANGED_ZONES => self.changed_zones(log, keep)?,
             _ => return Err(Status::INVALID_LOG_PAGE.into()),
         };
         let offset = usize::try_from(log.offset)
@@ -72,12 +73,12 @@ impl Controller {
         page
     }
 
-    fn smart(&self, log: &GetLog) -> Result<Vec<u8>, Failure> {
+    fn smart(&self, log: &GetLog, keep: bool) -> Result<Vec<u8>, Failure> {
         // There is one for the controller, none for each namespace.
         if log.nsid != 0 && log.nsid != NSID_ALL {
             return Err(Status::INVALID_FIELD.into());
         }
-        if !log.retain_event {
+        if !keep {
             self.events.smart_read();
         }
         let totals = self.totals();
@@ -116,19 +117,20 @@ impl Controller {
         page
     }
 
-    fn changed_zones(&self, log: &GetLog) -> Result<Vec<u8>, Failure> {
+    fn changed_zones(&self, log: &GetLog, keep: bool) -> Result<Vec<u8>, Failure> {
         let namespace = self.active(log.nsid).ok_or(Status::INVALID_NAMESPACE_OR_FORMAT)?;
         if namespace.zones().is_none() {
             return Err(Status::INVALID_LOG_PAGE.into());
         }
-        let zones = self.events.changed_zones(log.nsid, log.retain_event);
+        let zones = self.events.changed_zones(log.nsid, keep);
         let mut list = ChangedZoneList::new_zeroed();
         if zones.len() > MAX_CHANGED_ZONES {
             list.nrzid = u16::MAX.into();
         } else {
             list.nrzid = (zones.len() as u16).into();
+            let shift = namespace.block_shift();
             for (place, start) in list.zid.iter_mut().zip(zones) {
-                *place = start.into();
+                *place = (start >> shift).into();
             }
         }
         Ok(list.as_bytes().to_vec())

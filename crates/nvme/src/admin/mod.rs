@@ -145,8 +145,10 @@ impl AdminQueue {
             .ok()
             .filter(|len| *len <= self.controller.max_transfer());
         let len = len.ok_or(Status::INVALID_FIELD)?;
-        let page = self.controller.log_page(log)?;
+        // What the host has read is forgotten; so first all is found out that can fail.
+        self.controller.log_page(log, true)?;
         let buf = transfer.buffer(entry, Direction::ControllerToHost, len).await?;
+        let page = self.controller.log_page(log, log.retain_event)?;
         let copied = buf.copy_from(&page);
         // Behind the end of a page there is nothing.
         buf.fill(copied..len, 0);

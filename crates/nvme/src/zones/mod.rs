@@ -111,12 +111,17 @@ pub(crate) async fn settle(namespace: &Namespace, lane: &Lane) -> Result<(), Fai
     Ok(())
 }
 
-/// Empties all zones; those that are read-only go offline, since a format leaves no others (2.1.1.3).
-pub(crate) async fn format(namespace: &Namespace, lane: &Lane) -> Result<(), Failure> {
+/// Empties all zones; those that are read-only go offline, since a format leaves no others (2.1.1.3). Blocks have that many
+/// bytes afterwards.
+pub(crate) async fn format(namespace: &Namespace, lane: &Lane, block_size: u32) -> Result<(), Failure> {
     let device = &namespace.device;
-    let result = device.reset_all(lane).await;
-    result.map_err(|error| failure(&error, Kind::Write))?;
-    set_offline(namespace, lane).await
+    let failed = |error| failure(&error, Kind::Write);
+    // The zones of a drive are the drive's, and so is the size of its blocks.
+    if device.engine().is_none() {
+        device.reset_all(lane).await.map_err(failed)?;
+        return set_offline(namespace, lane).await;
+    }
+    device.format(lane, block_size).await.map_err(failed)
 }
 
 /// Takes all read-only zones offline.

@@ -36,6 +36,7 @@ impl<T: Transfer> Request<'_, T> {
         if filter.name().is_none() || len < HEADER {
             return Err(Status::INVALID_FIELD.into());
         }
+        let shift = namespace.block_shift();
         let (start, _) = namespace.bytes(Blocks { start, count: 1 })?;
         let buf = self.data(Direction::ControllerToHost, len).await?;
         let size = DESCRIPTOR + extension;
@@ -50,7 +51,7 @@ impl<T: Transfer> Request<'_, T> {
                 if filled < room {
                     let at = HEADER + filled * size;
                     let place = buf.slice(at..at + size);
-                    let copied = place.copy_from(descriptor(zone, namespace).as_bytes());
+                    let copied = place.copy_from(descriptor(zone, shift).as_bytes());
                     place.fill(copied..size, 0);
                     if extension > 0 && zone.attributes.extension {
                         let bytes = extension_of(namespace, zone).await?;
@@ -97,8 +98,8 @@ fn shows(filter: ReportFilter, zone: &ZoneInfo) -> bool {
     zone.condition == wanted
 }
 
-fn descriptor(zone: &ZoneInfo, namespace: &Namespace) -> ZoneDescriptor {
-    let shift = namespace.block_shift();
+/// With positions in blocks of 2^`shift` bytes.
+fn descriptor(zone: &ZoneInfo, shift: u32) -> ZoneDescriptor {
     let mut descriptor = ZoneDescriptor::new_zeroed();
     descriptor.zt = TypeByte::new()
         .with_zt(ZoneType::SEQUENTIAL_WRITE_REQUIRED.0)

@@ -136,7 +136,7 @@ pub enum Kind {
     Flush,
     /// Reset.
     Reset,
-    /// Reset of all zones.
+    /// Reset of all zones; also by a format ([`Oracle::formats`]).
     ResetAll,
     /// Finish.
     Finish,
@@ -255,6 +255,8 @@ impl Op {
 /// What an image showed when it was opened: all of it durable from then on.
 #[derive(Clone, Debug)]
 pub struct Baseline {
+    /// The logical block size.
+    pub block_size: u32,
     /// The zones.
     pub zones: Vec<ZoneInfo>,
     /// What each zone read as; none where it was offline.
@@ -274,6 +276,8 @@ pub struct Oracle {
     pub ops: Vec<Op>,
     /// Where in `ops` a write is.
     pub writes: BTreeMap<u32, usize>,
+    /// Which of the resets of all zones gave the device a block size, and which one. One ends before the next.
+    pub formats: BTreeMap<usize, u32>,
     /// What was seen of zones' counters besides: tick, zone, counters.
     pub seen: Vec<(u64, u32, Counts)>,
     next_id: u32,
@@ -293,12 +297,19 @@ impl Oracle {
             baseline,
             ops: Vec::new(),
             writes: BTreeMap::new(),
+            formats: BTreeMap::new(),
             seen: Vec::new(),
             next_id: first_id,
             opened: u64::MAX,
             closing: None,
             closed: None,
         }
+    }
+
+    /// Whether a format is under way.
+    pub fn is_formatting(&self) -> bool {
+        let last = self.formats.last_key_value();
+        last.is_some_and(|(op, _)| self.ops[*op].done.is_none())
     }
 
     /// The stamp of the next write.

@@ -134,6 +134,7 @@ pub async fn look_at(device: &Device) -> Result<View, Error> {
         });
     }
     Ok(View {
+        block_size: device.block_size(),
         zones,
         contents,
         extensions,

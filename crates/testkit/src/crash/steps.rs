@@ -131,6 +131,12 @@ pub fn same(one: &View, two: &View) -> Result<(), String> {
             one.zones.len()
         ));
     }
+    if one.block_size != two.block_size {
+        return Err(format!(
+            "blocks of {} bytes, and {} before",
+            two.block_size, one.block_size
+        ));
+    }
     for (zone, (then, now)) in one.zones.iter().zip(&two.zones).enumerate() {
         if then != now {
             return Err(format!("zone {zone} is {now:?}\n  and was {then:?}"));

@@ -38,6 +38,8 @@ pub struct Mix {
     pub discard: u64,
     /// What only Zoned Namespaces have: random write areas, commits, extensions, attributes.
     pub zns: u64,
+    /// Formats, to any block size that the device can have.
+    pub format: u64,
     /// Only so many zones are used, so that requests meet in them; 0 for all.
     pub zones: u32,
 }
@@ -57,6 +59,7 @@ impl Mix {
         read: 4,
         discard: 1,
         zns: 0,
+        format: 0,
         zones: 0,
     };
     /// Crowds in few zones, with resets between the writes.
@@ -73,6 +76,7 @@ impl Mix {
         read: 2,
         discard: 0,
         zns: 0,
+        format: 0,
         zones: 3,
     };
     /// Random write areas, extensions and attributes, among a bit of everything.
@@ -95,6 +99,12 @@ impl Mix {
         zones: 4,
         ..Mix::ALL
     };
+    /// The same with formats, and nothing that only the operator takes back.
+    pub const FORMAT: Mix = Mix {
+        set: 0,
+        format: 4,
+        ..Mix::ZNS
+    };
     /// Writes and flushes.
     pub const DATA: Mix = Mix {
         write: 80,
@@ -109,6 +119,7 @@ impl Mix {
         read: 0,
         discard: 0,
         zns: 0,
+        format: 0,
         zones: 0,
     };
 
@@ -126,6 +137,7 @@ impl Mix {
             (What::Read, self.read),
             (What::Discard, self.discard),
             (What::Zns, self.zns),
+            (What::Format, self.format),
         ];
         let total = weights.iter().map(|(_, weight)| weight).sum();
         let mut at = rng.below(total);
@@ -153,6 +165,7 @@ enum What {
     Read,
     Discard,
     Zns,
+    Format,
 }
 
 /// One client with its lane.
@@ -215,6 +228,7 @@ impl Client {
                 What::Read => self.read(zone).await,
                 What::Discard => self.discard().await,
                 What::Zns => self.zns(zone).await,
+                What::Format => self.format().await,
             }
         }
     }
@@ -279,6 +293,19 @@ impl Client {
             _ => (ZoneOp::SetNormal, Setting::Normal),
         };
         self.manage(zone, op, Kind::Set(setting)).await;
+    }
+
+    /// One at a time, so that their order is known.
+    async fn format(&self) {
+        if self.oracle.borrow().is_formatting() {
+            return;
+        }
+        let sizes = self.device.block_sizes();
+        let size = sizes[self.below(sizes.len() as u64) as usize];
+        let op = self.submit(0, Kind::ResetAll);
+        self.oracle.borrow_mut().formats.insert(op, size);
+        let result = self.device.format(&self.lane, size).await;
+        self.answer(op, result.as_ref().map(|()| None));
     }
 
     async fn zns(&self, zone: ZoneNo) {
@@ -354,7 +381,7 @@ impl Client {
             let oracle = self.oracle.borrow();
             let geometry = &oracle.geometry;
             let bytes = geometry.zone_size() * u64::from(geometry.nr_conventional());
-            (u64::from(geometry.block_size()), bytes)
+            (u64::from(self.device.block_size()), bytes)
         };
         if conventional == 0 {
             return;
@@ -372,7 +399,7 @@ impl Client {
             let geometry = &oracle.geometry;
             (
                 geometry.zone_type(zone),
-                u64::from(geometry.block_size()),
+                u64::from(self.device.block_size()),
                 geometry.start(zone),
                 geometry.capacity(zone),
                 geometry.max_append() > 0,

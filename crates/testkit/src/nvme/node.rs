@@ -151,7 +151,8 @@ impl NvmeNode {
         let appends: zns::IdentifyController = host.identify(Cns::CONTROLLER_OF_CSI, 0, Csi::ZONED)?;
         let first = host.report(nsid, ReportFilter::ALL, 0).unwrap_or_default();
         let first = first.first().ok_or(NvmeNodeError::NoZones)?;
-        let block_size = 1_u32 << namespace.lbaf[0].lbads;
+        let block_size = 1_u32 << namespace.format().lbads;
+        let extension = &zoned.lbafe[namespace.format_index()];
         let bytes = |blocks: u64| blocks * u64::from(block_size);
         let limit = |limit_z: u32| if limit_z == NO_LIMIT { 0 } else { limit_z + 1 };
         let zasl = match appends.zasl {
@@ -167,7 +168,7 @@ impl NvmeNode {
         let geometry = Geometry::new(GeometrySpec {
             model: Model::HostManaged,
             size: bytes(namespace.nsze.get()),
-            zone_size: bytes(zoned.lbafe[0].zsze.get()),
+            zone_size: bytes(extension.zsze.get()),
             zone_capacity: bytes(first.zcap.get()),
             nr_conventional: 0,
             block_size,
@@ -176,7 +177,7 @@ impl NvmeNode {
             max_append: MIN_PAGE_BYTES << zasl,
             zns: Zns {
                 zrwa,
-                extension_size: u32::from(zoned.lbafe[0].zdes) * ZDES_UNIT as u32,
+                extension_size: u32::from(extension.zdes) * ZDES_UNIT as u32,
             },
         })?;
         let mut limits = Limits::plain(geometry.size(), block_size, false);

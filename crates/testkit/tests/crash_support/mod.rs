@@ -51,6 +51,14 @@ pub fn zoned_namespace() -> CreateOptions {
     }
 }
 
+/// The same zones as a namespace has them: all of them sequential, so that it can be formatted.
+pub fn formattable() -> CreateOptions {
+    CreateOptions {
+        conventional_zones: 0,
+        ..zoned_namespace()
+    }
+}
+
 /// More zones than a table block holds.
 pub fn many_zones() -> CreateOptions {
     CreateOptions {

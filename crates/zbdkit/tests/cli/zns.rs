@@ -1,5 +1,11 @@
 //! Random write areas, descriptor extensions and attributes, which only NVMe's Zoned Namespaces have.
 
+use std::path::Path;
+use std::sync::Arc;
+
+use zbdkit_block::{Graph, Host, OpenOptions, OsHost};
+use zbdkit_io::{Runtime, RuntimeOptions};
+
 use crate::support::{Bench, Run};
 
 #[test]
@@ -350,4 +356,45 @@ fn marked_blocks_cannot_be_read_until_they_are_written_and_info_tells_of_them() 
         bench.io(&["wu 0 100"]).out,
         "write uncorrectable failed: Invalid argument\n"
     );
+}
+
+/// What Format NVM does.
+fn format(image: &Path, block_size: u32) {
+    let runtime = Runtime::new(RuntimeOptions::default()).unwrap();
+    runtime.block_on(async {
+        let host: Arc<dyn Host> = Arc::new(OsHost);
+        let device = Graph::from_path(image).open(&host, &OpenOptions::default()).await;
+        let Ok(device) = device else {
+            panic!("{} does not open", image.display());
+        };
+        device.format(&device.lane(1), block_size).await.unwrap();
+        device.close().await.unwrap();
+    });
+}
+
+#[test]
+fn an_image_with_another_block_size_is_shown_checked_copied_and_compared() {
+    for name in ["zones.raw", "zones.qcow2"] {
+        let bench = Bench::new();
+        bench
+            .run(&["create", name, "--size", "8M", "--zone-size", "1M"])
+            .ok();
+        bench.run(&["io", name, "-c", "write 0 4k"]).ok();
+        format(&bench.path(name), 512);
+        bench.run(&["io", name, "-c", "write 1M 1536"]).ok();
+        let info = bench.run(&["info", name]).ok();
+        assert!(info.contains("block size: 512 bytes"), "{info}");
+        let report = bench.run(&["report", name]).ok();
+        let zones: Vec<&str> = report.lines().collect();
+        assert!(zones[0].contains("zcond: 1(em)"), "{report}");
+        assert!(zones[1].contains("wptr 0x000003"), "{report}");
+        bench.run(&["check", name]).ok();
+        bench.run(&["convert", "-O", "qcow2", name, "copy.qcow2"]).ok();
+        bench.run(&["compare", name, "copy.qcow2"]).ok();
+        let info = bench.run(&["info", "copy.qcow2"]).ok();
+        assert!(info.contains("block size: 512 bytes"), "{info}");
+        format(&bench.path("copy.qcow2"), 4096);
+        let differs = bench.run(&["compare", name, "copy.qcow2"]);
+        assert_eq!(differs.status, Some(1), "{differs:?}");
+    }
 }

@@ -6,8 +6,12 @@ impl Oracle {
     /// Begins an exclusive operation; whether there is something to do.
     pub fn begin(&mut self, zone: ZoneNo, op: ExclusiveOp) -> Result<bool, Refused> {
         use ExclusiveOp as X;
-        if !matches!(op, X::SetReadOnly | X::SetOffline | X::SetNormal) {
-            self.managed(zone)?;
+        match op {
+            X::Format if self.geometry.is_conventional(zone) => {
+                return Err(E::Conventional { zone }.into());
+            }
+            X::Format | X::SetReadOnly | X::SetOffline | X::SetNormal => {}
+            _ => drop(self.managed(zone)?),
         }
         let condition = self.zone(zone).condition;
         if self.zone(zone).busy {
@@ -112,6 +116,15 @@ impl Oracle {
                 *r = ZoneRecord::default();
                 r.counters = counters;
                 r.counters.resets += 1;
+            }
+            ExclusiveOp::Format => {
+                let before = *r;
+                *r = ZoneRecord::default();
+                r.offline = before.offline || before.read_only;
+                r.counters = before.counters;
+                if *r != before {
+                    r.counters.resets += 1;
+                }
             }
             ExclusiveOp::Finish | ExclusiveOp::FinishUnlimited | ExclusiveOp::FinishByDevice => {
                 (r.written, r.finished, r.zrwa) = (data_end, true, false);

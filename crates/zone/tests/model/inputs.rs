@@ -114,6 +114,7 @@ pub fn steps() -> impl Strategy<Value = Step> {
     let at = prop_oneof![6 => Just(At::Next), 2 => (0u64..14).prop_map(At::Block),
         1 => (0u64..9000).prop_map(At::Byte)];
     let op = prop_oneof![4 => Just(ExclusiveOp::Reset), 2 => Just(ExclusiveOp::Finish), 1 => Just(ExclusiveOp::FinishUnlimited),
+        1 => Just(ExclusiveOp::Format),
         1 => Just(ExclusiveOp::SetReadOnly), 1 => Just(ExclusiveOp::SetOffline),
         2 => Just(ExclusiveOp::SetNormal), 6 => Just(ExclusiveOp::OpenZrwa),
         1 => Just(ExclusiveOp::FinishByDevice),

@@ -111,6 +111,25 @@ fn writes_completed_in_any_order_are_acknowledged_or_fail_with_what_is_below_the
 }
 
 #[test]
+fn no_write_of_the_old_block_size_comes_into_a_formatted_zone() {
+    explore(|| {
+        let world = World::new(1, |_| ());
+        let writes = |world: &World| {
+            let mut pool = world.engine.slots(1);
+            match world.append(&mut pool, Z, 1) {
+                Ok(permit) => world.write(permit, Ok(())).expect("nothing fails"),
+                Err(error) => assert!(matches!(error, ZoneError::Unaligned { .. }), "{error}"),
+            }
+        };
+        join([spawn(&world, writes), spawn(&world, |world| world.format(Z))]);
+        let info = world.engine.info(Z);
+        assert_eq!(info.written_end, 0, "before the format, or not at all");
+        assert_eq!(u64::from(world.engine.geometry().block_size()), 2 * BLOCK);
+        world.check_counts();
+    });
+}
+
+#[test]
 fn a_reset_sees_no_writes_in_flight() {
     explore(|| {
         let world = World::new(1, |_| ());

@@ -100,8 +100,11 @@ impl World {
             zns: Zns::NONE,
         };
         change(&mut spec);
-        let engine =
-            Engine::new(Geometry::new(spec).expect("valid"), |_| ZoneRecord::default()).expect("valid");
+        let geometry = Geometry::new(spec).expect("valid");
+        let formats = [Some(geometry), geometry.with_block_size(2 * BLOCK as u32).ok()];
+        let engine = Engine::new(geometry, |_| ZoneRecord::default())
+            .expect("valid")
+            .with_formats(formats.into_iter().flatten().collect());
         fn many<T>(n: u64, new: impl Fn() -> T) -> Vec<T> {
             (0..n).map(|_| new()).collect()
         }
@@ -200,6 +203,14 @@ impl World {
             *self.bells.published[zone.0 as usize].lock().expect("no panic") = 0;
             self.engine.commit(permit, &self.bells);
         }
+    }
+
+    /// Gives a device of one zone its other format.
+    pub fn format(&self, zone: ZoneNo) {
+        let permit = self.alone(zone, ExclusiveOp::Format).expect("for any zone");
+        *self.bells.published[zone.0 as usize].lock().expect("no panic") = 0;
+        self.engine.set_format(1, std::slice::from_ref(&permit));
+        self.engine.commit(permit, &self.bells);
     }
 
     pub fn finish(&self, zone: ZoneNo) -> u64 {

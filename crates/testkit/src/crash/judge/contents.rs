@@ -17,9 +17,8 @@ impl<'a> Judge<'a> {
             0
         };
         let end = info.written_end - info.start;
-        let block = u64::from(self.oracle.geometry.block_size());
         ensure!(
-            end <= info.capacity && end.is_multiple_of(block),
+            end <= info.capacity && end.is_multiple_of(self.block_size.into()),
             "its written end is at {end}, which no zone can have"
         );
         ensure!(

@@ -49,7 +49,9 @@ pub fn judge(oracle: &Oracle, at: Moment, view: &View) -> Verdict {
         oracle,
         at,
         flushed: last_flush(oracle, at.tick),
+        block_size: view.block_size,
     };
+    judge.format(view)?;
     ensure!(
         view.zones.len() == oracle.baseline.zones.len(),
         "{} zones instead of {}",
@@ -78,9 +80,48 @@ struct Judge<'a> {
     oracle: &'a Oracle,
     at: Moment,
     flushed: u64,
+    /// What blocks have now.
+    block_size: u32,
 }
 
 impl<'a> Judge<'a> {
+    /// The block size is that of the last format that was acknowledged, or of a later one that was not; and then that one has
+    /// erased every zone.
+    fn format(&self, view: &View) -> Verdict {
+        let (oracle, tick) = (self.oracle, self.at.tick);
+        let mut known = oracle.baseline.block_size;
+        let mut open = Vec::new();
+        for (op, size) in &oracle.formats {
+            let op = &oracle.ops[*op];
+            if op.acknowledged(tick).is_some() {
+                known = *size;
+                open.clear();
+            } else if op.may_count(tick) {
+                open.push((op, *size));
+            }
+        }
+        if self.block_size == known {
+            return Ok(());
+        }
+        let Some((format, _)) = open.into_iter().find(|(_, size)| *size == self.block_size) else {
+            return Err(format!("blocks of {} bytes, not of {known}", self.block_size));
+        };
+        for (zone, info) in view.zones.iter().enumerate() {
+            let generation = info.counters.resets;
+            let before = &oracle.baseline.zones[zone];
+            let held = before.written_end > before.start && before.counters.resets == generation;
+            let mut writes = self.ops(zone).filter(|op| matches!(op.kind, Kind::Write { .. }));
+            let wrote =
+                writes.any(|op| op.acknowledged(format.submitted).is_some() && op.is_of(generation, tick));
+            ensure!(
+                !held && !wrote,
+                "zone {zone}: it was not erased, but blocks are of {} bytes",
+                self.block_size
+            );
+        }
+        Ok(())
+    }
+
     fn zone(&self, zone: usize, view: &View) -> Verdict {
         let (info, contents) = (&view.zones[zone], view.contents[zone].as_deref());
         let before = &self.oracle.baseline.zones[zone];
