@@ -324,3 +324,28 @@ fn writes_and_formats_at_the_same_time_leave_whole_blocks() {
     });
     rig.close(device);
 }
+
+#[test]
+fn marks_of_small_blocks_are_gone_with_them() {
+    for make in [
+        |rig: &Rig| raw(rig, &sequential(rig, "zones")),
+        |rig: &Rig| qcow2(rig, "zones"),
+    ] {
+        let rig = Rig::new();
+        let device = make(&rig);
+        format(&rig, &device, 512).unwrap();
+        rig.write(&device, 0, &pattern(1, 512));
+        rig.block_on(device.mark_uncorrectable(&device.lane(1), 512, 1024))
+            .unwrap();
+        assert_eq!(device.marks().bytes(), 1024);
+        format(&rig, &device, 4096).unwrap();
+        assert!(device.marks().is_empty());
+        rig.write(&device, 0, &pattern(2, 4096));
+        // Killed: the list in the table counts.
+        drop(device);
+        let device = rig.open("zones");
+        assert_eq!(rig.read(&device, 0, 4096), pattern(2, 4096));
+        rig.close(device);
+        sound(&rig, "zones");
+    }
+}
