@@ -337,7 +337,8 @@ impl NvmeQueue {
     /// Waits for the only command in flight.
     fn finish(&mut self) -> Result<Completion> {
         let deadline = Instant::now() + Duration::from_secs(30);
-        self.publish();
+        let rung = lock(&self.driver).try_ring(self.qid);
+        rung.context("the daemon does not hear it")?;
         loop {
             self.wait(deadline);
             if let Some(done) = self.poll().map_err(anyhow::Error::msg)? {
