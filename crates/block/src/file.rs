@@ -77,13 +77,20 @@ impl FileNode {
         marks.is_some_and(|marks| marks.first_in(&(offset..offset + len)).is_some())
     }
 
-    /// What was written can be read.
-    fn unmark(&self, offset: u64, len: u64) -> Result<(), Error> {
+    /// What `write` puts into the range can be read afterwards; meanwhile nobody marks blocks.
+    async fn unmark(
+        &self,
+        offset: u64,
+        len: u64,
+        write: impl Future<Output = Result<(), Error>>,
+    ) -> Result<(), Error> {
         match &self.marks {
             Some(marks) if self.is_marked(offset, len) => {
+                let _turn = marks.turn().await;
+                write.await?;
                 marks.change(|list| list.without(&(offset..offset + len)))
             }
-            _ => Ok(()),
+            _ => write.await,
         }
     }
 
@@ -129,11 +136,11 @@ impl Node for FileNode {
     fn write<'a>(&'a self, _lane: &'a Lane, buf: IoBuf, offset: u64) -> Request<'a, ()> {
         Box::pin(async move {
             let len = buf.len() as u64;
-            self.file
-                .write(buf, offset)
-                .await
-                .map_err(|e| Error::io("write", &e))?;
-            self.unmark(offset, len)
+            let write = async {
+                let written = self.file.write(buf, offset).await;
+                written.map_err(|e| Error::io("write", &e))
+            };
+            self.unmark(offset, len, write).await
         })
     }
 
@@ -143,15 +150,18 @@ impl Node for FileNode {
 
     fn write_zeroes<'a>(&'a self, _lane: &'a Lane, offset: u64, len: u64, unmap: bool) -> Request<'a, ()> {
         Box::pin(async move {
-            zero(&self.file, offset, len, unmap).await?;
-            self.unmark(offset, len)
+            let write = zero(&self.file, offset, len, unmap);
+            self.unmark(offset, len, write).await
         })
     }
 
     fn mark_uncorrectable<'a>(&'a self, _lane: &'a Lane, offset: u64, len: u64) -> Request<'a, ()> {
         Box::pin(async move {
             match &self.marks {
-                Some(marks) => marks.change(|list| list.with(offset..offset + len)),
+                Some(marks) => {
+                    let _turn = marks.turn().await;
+                    marks.change(|list| list.with(offset..offset + len))
+                }
                 None => Err(Error::NotSupported("marking blocks uncorrectable")),
             }
         })

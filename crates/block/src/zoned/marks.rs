@@ -17,17 +17,15 @@ use crate::marks::MarkList;
 use crate::node::Lane;
 
 impl ZonedNode {
-    /// Marks the blocks of an admitted write. `touched` also has the gap before them, which is zeros.
+    /// Marks the blocks of an admitted write.
     pub(super) async fn store_mark(
         &self,
         lane: &Lane,
         permit: &WritePermit,
-        touched: Range<u64>,
+        range: Range<u64>,
     ) -> Result<(), Error> {
-        let range = permit.offset()..touched.end;
-        let gap = touched.start..range.start;
-        self.change_marks(|list| list.without(&gap).with(range.clone()), !gap.is_empty())
-            .await?;
+        let _turn = self.marks.turn().await;
+        self.change_marks(|list| list.with(range.clone()), false).await?;
         if permit.slot().is_none() {
             // Where the blocks could be read already, what lies there stays: a read that is under way may not find zeros.
             return Ok(());
@@ -37,8 +35,18 @@ impl ZonedNode {
             .await
     }
 
-    /// What was written to the range can be read, once it is durable.
-    pub(super) async fn unmark(&self, range: Range<u64>) -> Result<(), Error> {
+    /// What `write` puts into the range can be read, once it is durable. Until then nobody marks blocks: whoever does so after
+    /// that write must find its mark kept, and one of before must not come back.
+    pub(super) async fn unmark(
+        &self,
+        range: Range<u64>,
+        write: impl Future<Output = Result<(), Error>>,
+    ) -> Result<(), Error> {
+        if self.marks.first_in(&range).is_none() {
+            return write.await;
+        }
+        let _turn = self.marks.turn().await;
+        write.await?;
         self.change_marks(|list| list.without(&range), true).await
     }
 
@@ -52,16 +60,16 @@ impl ZonedNode {
             let with_marks = ranges.iter().filter(|range| list.first_in(range).is_some());
             with_marks.fold(list.clone(), |list, range| list.without(range))
         };
+        let _turn = self.marks.turn().await;
         self.change_marks(without, false).await
     }
 
-    /// Changes the list, durably; before it, with `data`, what was written to the child becomes durable.
+    /// Changes the list, durably, for whoever has its turn; before it, with `data`, what was written to the child becomes durable.
     async fn change_marks(
         &self,
         change: impl FnOnce(&MarkList) -> MarkList,
         data: bool,
     ) -> Result<(), Error> {
-        let _turn = self.marks.turn().await;
         let list = self.marks.after(change)?;
         match &self.durability {
             Durability::Volatile => {}

@@ -309,31 +309,38 @@ impl ZonedNode {
                 .write_zeroes(lane, gap.start, gap.end - gap.start, true)
                 .await?;
         }
+        if let Some(gap) = permit.gap() {
+            // While nobody else can mark anything there.
+            self.unmark(gap, async { Ok(()) }).await?;
+        }
         drop(zeroed);
         let range = permit.offset()..permit.offset() + permit.len();
-        // The bytes of a gap, too: they count as written from now on.
-        let touched = permit.gap().map_or(range.start, |gap| gap.start)..range.end;
-        let was_marked = self.marks.first_in(&touched).is_some();
         match data {
-            Data::Uncorrectable => return self.store_mark(lane, permit, touched).await,
+            Data::Uncorrectable => self.store_mark(lane, permit, range).await,
+            _ if self.marks.first_in(&range).is_some() => {
+                self.unmark(range, self.store_data(lane, permit, data)).await
+            }
+            _ => self.store_data(lane, permit, data).await,
+        }
+    }
+
+    async fn store_data(&self, lane: &Lane, permit: &WritePermit, data: Data) -> Result<(), Error> {
+        match data {
+            Data::Uncorrectable => Ok(()),
             Data::Zeroes { unmap } => {
                 self.child
                     .write_zeroes(lane, permit.offset(), permit.len(), unmap)
-                    .await?;
+                    .await
             }
             Data::Buf(buf) => match self.child.resolve(permit.offset(), permit.len(), Access::Write) {
                 Some(at) => at
                     .file
                     .write(buf, at.offset)
                     .await
-                    .map_err(|e| Error::io("write", &e))?,
-                None => self.child.write(lane, buf, permit.offset()).await?,
+                    .map_err(|e| Error::io("write", &e)),
+                None => self.child.write(lane, buf, permit.offset()).await,
             },
         }
-        if was_marked {
-            self.unmark(touched).await?;
-        }
-        Ok(())
     }
 
     /// Makes the zone's written end outlive what it is promised to outlive.
