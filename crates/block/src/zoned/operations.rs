@@ -150,7 +150,7 @@ impl ZonedNode {
     async fn give_back(&self, records: &[(ZoneNo, ZoneRecord)], op: ExclusiveOp) -> Result<(), Error> {
         let geometry = self.engine.geometry();
         let ranges: Vec<_> = match op {
-            ExclusiveOp::Format => vec![0..geometry.size()],
+            ExclusiveOp::Format => std::iter::once(0..geometry.size()).collect(),
             _ => records
                 .iter()
                 .map(|(zone, _)| geometry.start(*zone)..geometry.end(*zone))
