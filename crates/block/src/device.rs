@@ -284,7 +284,8 @@ impl Device {
     /// carried out before, or are held against the new size; whoever shares the device has to follow.
     ///
     /// # Errors
-    /// `NotSupported` where it is none of [`Device::block_sizes`], and where this process does not keep the zones.
+    /// `NotSupported` where it is none of [`Device::block_sizes`], where zones are conventional, and where this process does not keep
+    /// the zones.
     pub async fn format(&self, _lane: &Lane, block_size: u32) -> Result<(), Error> {
         self.check_writable()?;
         match &self.root {

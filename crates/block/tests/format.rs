@@ -157,6 +157,13 @@ fn what_is_no_namespace_keeps_its_block_size() {
         assert_eq!(device.block_sizes(), [4096]);
         assert!(matches!(format(&rig, &device, 512), Err(Error::NotSupported(_))));
         assert_eq!(rig.read(&device, Z1, BLOCK as usize), pattern(1, BLOCK as usize));
+        match options.model {
+            zbdkit_zone::Model::HostAware => {
+                format(&rig, &device, 4096).unwrap();
+                assert_eq!(rig.zones(&device)[1].condition, Condition::Empty);
+            }
+            _ => assert!(matches!(format(&rig, &device, 4096), Err(Error::NotSupported(_)))),
+        }
         rig.close(device);
     }
     let plain = rig.open_graph("driver=memory,size=8M").unwrap();

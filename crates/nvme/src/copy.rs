@@ -27,12 +27,11 @@ impl<T: Transfer> Request<'_, T> {
         if ranges > COPY_MAX_RANGES {
             return Err(Status::COMMAND_SIZE_LIMIT_EXCEEDED.into());
         }
-        let sources = self.sources(namespace, ranges).await?;
+        let shift = namespace.block_shift();
+        let sources = self.sources(namespace, ranges, shift).await?;
         let total = sources.iter().map(|(_, len)| len).sum::<usize>();
-        let (offset, _) = namespace.bytes(Blocks {
-            start,
-            count: (total >> namespace.block_shift()) as u32,
-        })?;
+        let count = (total >> shift) as u32;
+        let (offset, _) = namespace.bytes_of(Blocks { start, count }, shift)?;
         let _turn = self.turn().await;
         let buf = IoBuf::try_alloc(total).map_err(|_| Status::INTERNAL_ERROR)?;
         let mut at = 0;
@@ -46,17 +45,23 @@ impl<T: Transfer> Request<'_, T> {
     }
 
     /// Byte offsets and lengths of the sources, within the namespace and within the limits.
-    async fn sources(&self, namespace: &Namespace, ranges: u16) -> Result<Vec<(u64, usize)>, Failure> {
+    async fn sources(
+        &self,
+        namespace: &Namespace,
+        ranges: u16,
+        shift: u32,
+    ) -> Result<Vec<(u64, usize)>, Failure> {
         let len = usize::from(ranges) * size_of::<CopyRange>();
         let data = self.data(Direction::HostToController, len).await?.to_vec();
         let mut sources = Vec::with_capacity(ranges.into());
         let mut total = 0;
         for range in data.chunks_exact(size_of::<CopyRange>()) {
             let range = CopyRange::read_from_bytes(range).map_err(|_| Status::INTERNAL_ERROR)?;
-            let (offset, len) = namespace.bytes(Blocks {
+            let blocks = Blocks {
                 start: range.slba.get(),
                 count: u32::from(range.nlb_z.get()) + 1,
-            })?;
+            };
+            let (offset, len) = namespace.bytes_of(blocks, shift)?;
             total += len;
             if total > COPY_MAX_BYTES {
                 return Err(Status::COMMAND_SIZE_LIMIT_EXCEEDED.into());

@@ -36,10 +36,10 @@ impl<T: Transfer> Request<'_, T> {
 
     pub(crate) async fn compare(&self, blocks: Blocks) -> Result<u64, Failure> {
         let (namespace, _) = self.namespace()?;
-        let (_, len) = namespace.bytes(blocks)?;
-        let len = self.transfer_len(len)?;
+        let range = namespace.bytes(blocks)?;
+        let len = self.transfer_len(range.1)?;
         let expected = self.data(Direction::HostToController, len).await?;
-        self.read_through(blocks, |at, found| {
+        self.read_through(range, |at, found| {
             if found.to_vec() == expected.slice(at..at + found.len()).to_vec() {
                 Ok(())
             } else {
@@ -52,18 +52,18 @@ impl<T: Transfer> Request<'_, T> {
     }
 
     pub(crate) async fn verify(&self, blocks: Blocks) -> Result<u64, Failure> {
-        self.read_through(blocks, |_, _| Ok(())).await?;
+        let (namespace, _) = self.namespace()?;
+        self.read_through(namespace.bytes(blocks)?, |_, _| Ok(())).await?;
         Ok(0)
     }
 
-    /// Reads a range piece by piece, and shows each with its place in the range.
+    /// Reads a range of bytes (start and length) piece by piece, and shows each with its place in the range.
     async fn read_through(
         &self,
-        blocks: Blocks,
+        (offset, len): (u64, u64),
         mut show: impl FnMut(usize, &IoBuf) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let (namespace, lane) = self.namespace()?;
-        let (offset, len) = namespace.bytes(blocks)?;
         namespace.check_cross(offset, len)?;
         let _turn = self.turn().await;
         let len = usize::try_from(len).map_err(|_| Status::INVALID_FIELD)?;
@@ -111,6 +111,7 @@ impl<T: Transfer> Request<'_, T> {
     /// Only deallocating does anything. Zones give their space back when they are reset, so in them not even that.
     pub(crate) async fn dataset_management(&self, ranges: u16, deallocate: bool) -> Result<u64, Failure> {
         let (namespace, lane) = self.namespace()?;
+        let shift = namespace.block_shift();
         let len = usize::from(ranges) * size_of::<DsmRange>();
         let data = self.data(Direction::HostToController, len).await?.to_vec();
         if !deallocate {
@@ -126,7 +127,7 @@ impl<T: Transfer> Request<'_, T> {
                 start: range.slba.get(),
                 count: range.length.get(),
             };
-            let range = namespace.bytes(blocks)?;
+            let range = namespace.bytes_of(blocks, shift)?;
             wanted.extend((blocks.count != 0).then_some(range));
         }
         if namespace.zones().is_some() {

@@ -221,9 +221,14 @@ impl Namespace {
         Ok(())
     }
 
-    /// Byte offset and length of a range, within the namespace.
+    /// Byte offset and length of a range, within the namespace. A command with several ranges asks [`Self::bytes_of`].
     pub(crate) fn bytes(&self, blocks: Blocks) -> Result<(u64, u64), Failure> {
-        let shift = self.block_shift();
+        self.bytes_of(blocks, self.block_shift())
+    }
+
+    /// The same in blocks of that size: the namespace may be formatted while a command waits for its data, and a command must
+    /// not see it half before and half after that.
+    pub(crate) fn bytes_of(&self, blocks: Blocks, shift: u32) -> Result<(u64, u64), Failure> {
         let end = blocks.start.checked_add(blocks.count.into());
         if end.is_none_or(|end| end > self.size >> shift) {
             return Err(Status::LBA_OUT_OF_RANGE.into());

@@ -177,7 +177,7 @@ impl<T: Transfer> Request<'_, T> {
             return Err(Status::INVALID_OPCODE.into());
         }
         let shift = namespace.block_shift();
-        let (offset, _) = namespace.bytes(Blocks { count: 1, ..blocks })?;
+        let (offset, _) = namespace.bytes_of(Blocks { count: 1, ..blocks }, shift)?;
         let len = self.transfer_len(u64::from(blocks.count) << shift)?;
         if len as u64 > self.queue.max_append {
             return Err(Status::INVALID_FIELD.into());

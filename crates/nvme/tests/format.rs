@@ -2,26 +2,31 @@
 
 mod host;
 
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::task::Poll;
+
 use host::{
     AREAS, ENABLE, Host, Memory, PLAIN_NSID, ZONED, ZONED_NSID, ZONES, entry, get_log, identify, names, open,
     pattern, poll_once, rw, set_feature, zone_receive, zone_send,
 };
 use zbdkit_block::ZoneOp;
-use zbdkit_io::{Runtime, RuntimeOptions};
+use zbdkit_io::{IoBuf, Runtime, RuntimeOptions};
 use zbdkit_nvme::{
-    AdminQueue, Change, Controller, ControllerOptions, Namespace, NamespaceOptions, Subsystem,
+    AdminQueue, Change, Completion, Controller, ControllerOptions, Direction, Failure, Namespace,
+    NamespaceOptions, Subsystem, Transfer,
 };
 use zbdkit_spec::nvme::Status;
 use zbdkit_spec::nvme::base::AdminOpcode;
-use zbdkit_spec::nvme::command::NSID_ALL;
+use zbdkit_spec::nvme::command::{NSID_ALL, SubmissionEntry};
 use zbdkit_spec::nvme::controller::Cc;
 use zbdkit_spec::nvme::feature::FeatureId;
 use zbdkit_spec::nvme::log::LogId;
-use zbdkit_spec::nvme::nvm::{IdentifyNamespace, Opcode};
+use zbdkit_spec::nvme::nvm::{CopyRange, IdentifyNamespace, Opcode};
 use zbdkit_spec::nvme::zns::{
     self, ChangedZoneList, Opcode as ZonedOpcode, SendAction, SendCdw13, ZoneDescriptor, ZoneState,
 };
-use zerocopy::{FromBytes, FromZeros};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Blocks of 4096 bytes in a zone.
 const ZONE: u64 = 256;
@@ -248,4 +253,60 @@ fn changed_zones_are_listed_in_the_blocks_that_there_are_when_the_list_is_read()
     assert_eq!((list.nrzid.get(), list.zid[0].get()), (1, 3 * ZONE));
     assert_eq!(format(&host, ZONED_NSID, 0), Status::SUCCESS);
     host.must_work();
+}
+
+/// Data that does not come before it is let.
+struct Held {
+    data: Vec<u8>,
+    is_open: Cell<bool>,
+}
+
+impl Transfer for Held {
+    async fn buffer(&self, _: &SubmissionEntry, _: Direction, len: usize) -> Result<IoBuf, Failure> {
+        assert_eq!(len, self.data.len());
+        poll_fn(|_| match self.is_open.get() {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        })
+        .await;
+        Ok(IoBuf::from_vec(self.data.clone()))
+    }
+}
+
+/// What came of a command whose data came after the namespace was formatted to blocks of 4096 bytes.
+fn overtaken(host: &Host, command: SubmissionEntry, data: Vec<u8>) -> Completion {
+    assert_eq!(format(host, ZONED_NSID, 0), Status::SUCCESS);
+    assert_eq!(host.write(ZONED_NSID, 0, 16), Status::SUCCESS);
+    let held = Held {
+        data,
+        is_open: Cell::new(false),
+    };
+    let mut running = Box::pin(host.io.execute(&command, &held));
+    assert!(host.runtime.block_on(poll_once(&mut running)).is_none());
+    assert_eq!(format(host, ZONED_NSID, 1), Status::SUCCESS);
+    held.is_open.set(true);
+    host.runtime.block_on(running)
+}
+
+#[test]
+fn a_command_that_waits_for_its_data_keeps_the_blocks_that_it_began_with() {
+    let host = Host::with_areas();
+    let compare = rw(Opcode::COMPARE.0, ZONED_NSID, 0, 16);
+    let compared = overtaken(&host, compare, pattern(0, 16));
+    assert_eq!(compared.status.status(), Status::COMPARE_FAILURE, "it was erased");
+
+    // The first sixteen blocks of zone 0 to zone 2: neither other sources nor another zone.
+    let mut copy = entry(Opcode::COPY.0, ZONED_NSID);
+    copy.cdw10 = (2 * host::ZONE as u32).into();
+    let mut range = CopyRange::new_zeroed();
+    range.nlb_z = 15.into();
+    let copied = overtaken(&host, copy, range.as_bytes().to_vec());
+    assert!(copied.is_success(), "{copied:?}");
+    assert_eq!(descriptor(&host, 2 * ZONE).wp.get(), 2 * ZONE + 2);
+
+    let append = rw(ZonedOpcode::ZONE_APPEND.0, ZONED_NSID, host::ZONE, 8);
+    let appended = overtaken(&host, append, pattern(0, 8));
+    assert!(appended.is_success(), "{appended:?}");
+    assert_eq!(descriptor(&host, ZONE).wp.get(), ZONE + 1);
+    assert_eq!(host.read(ZONED_NSID, ZONE, 1), pattern(0, 8));
 }

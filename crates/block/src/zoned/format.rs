@@ -47,6 +47,9 @@ pub fn limits_of(engine: &Engine, child: &Limits, read_only: bool) -> Box<[Limit
 impl ZonedNode {
     /// Erases every zone and gives the image blocks of that size; see [`Device::format`](crate::Device::format).
     pub(crate) async fn format(&self, block_size: u32) -> Result<(), Error> {
+        if self.engine.geometry().nr_conventional() != 0 {
+            return Err(Error::NotSupported("a format of conventional zones"));
+        }
         let mut sizes = self.engine.formats().iter().map(Geometry::block_size);
         let index = sizes
             .position(|size| size == block_size)
@@ -55,11 +58,11 @@ impl ZonedNode {
         let mut result = self
             .make_durable(&self.changes(&permits), ExclusiveOp::Format)
             .await;
-        if result.is_ok() && index != self.engine.format_index() {
+        if index != self.engine.format_index() && result.is_ok() {
             result = self.record_block_size(block_size).await;
-        }
-        if result.is_ok() {
-            self.engine.set_format(index, &permits);
+            if result.is_ok() {
+                self.engine.set_format(index, &permits);
+            }
         }
         self.end(permits, &result);
         result

@@ -37,7 +37,7 @@ impl<T: Transfer> Request<'_, T> {
             return Err(Status::INVALID_FIELD.into());
         }
         let shift = namespace.block_shift();
-        let (start, _) = namespace.bytes(Blocks { start, count: 1 })?;
+        let (start, _) = namespace.bytes_of(Blocks { start, count: 1 }, shift)?;
         let buf = self.data(Direction::ControllerToHost, len).await?;
         let size = DESCRIPTOR + extension;
         let room = (len - HEADER) / size;

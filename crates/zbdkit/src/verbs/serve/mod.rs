@@ -433,9 +433,6 @@ impl Running {
         }
         service::notify("STOPPING=1");
         self.handles.iter().for_each(Handle::shutdown);
-        if let Some(control) = self.control {
-            control.end();
-        }
         let mut failed = false;
         for thread in self.threads {
             match thread.join() {
@@ -454,6 +451,10 @@ impl Running {
             // Requests may still be in flight: the images are left as after a kill, which the next opening recovers.
             complain("the images are not closed; the next opening recovers them");
             return Ok(ExitCode::FAILURE);
+        }
+        // Only now: it may have waited for requests of the doors, all of which are over.
+        if let Some(control) = self.control {
+            control.end();
         }
         for (device, plan) in self.devices.into_iter().zip(&plan.devices) {
             match session.run(device.close()) {
