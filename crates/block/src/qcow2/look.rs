@@ -90,7 +90,7 @@ impl Look {
         if let Some(ours) = look.ours {
             look.directory = Directory::load(file, ours.snapshots).await;
             if let Ok(directory) = &look.directory {
-                look.snapshots = Snapshots::at(file, header, directory).await;
+                look.snapshots = Snapshots::at(file, header, directory, &ours).await;
             }
         }
         Some(look)
