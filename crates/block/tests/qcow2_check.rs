@@ -15,8 +15,9 @@ use zbdkit_spec::qcow2::{
     AUTOCLEAR_ZONE_TABLE, EXT_ZBDKIT, EXT_ZONED, INCOMPAT_ZONED, ZbdkitExtension, ZonedA, ZonedB, ZonedC,
     ZonedV7,
 };
+use zbdkit_spec::sidecar::{self, MARKS_COPY, MARKS_MAGIC, MarksHead, VERSION_MARKS};
 use zbdkit_zone::Condition;
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 const ZONE: u64 = 1 << 20;
 const ZONES: u64 = 100;
@@ -272,7 +273,9 @@ fn a_whole_area_that_is_gone_is_made_anew_and_the_old_clusters_are_freed() {
         "not a zone table",
         "a new zone table was made from the bare table",
     );
-    assert!(said.contains("lost"), "{said}");
+    let lost = "zones made read-only or offline, random write areas, descriptor extensions, attributes, which blocks were \
+                marked uncorrectable, and the zones of snapshots are lost";
+    assert!(said.contains(lost), "{said}");
     assert_eq!(zones(&rig), [CLOSED, WRITTEN, WRITTEN, CLOSED, WRITTEN, WRITTEN]);
 }
 
@@ -346,6 +349,48 @@ fn the_snapshots_directory_is_cleared_of_what_cannot_be_used() {
         "taken out",
     );
     assert_eq!(zones(&rig), as_before());
+}
+
+#[test]
+fn a_snapshots_table_with_a_list_of_marks_is_refused() {
+    let rig = rig();
+    let device = rig.open(NAME);
+    rig.block_on(device.snapshot_create("a")).unwrap();
+    rig.close(device);
+    let ours = ZbdkitExtension::read_from_bytes(header(&rig).extension(EXT_ZBDKIT).unwrap()).unwrap();
+    let bytes = fs::read(rig.path(NAME)).unwrap();
+    let entry = &bytes[ours.snapshots_offset.get() as usize + 32..][..64];
+    let entry = zbdkit_spec::qcow2::SnapshotZones::read_from_bytes(entry).unwrap();
+    // A list without marks behind all clusters, which no check would take for damaged.
+    let place = (bytes.len() as u64).next_multiple_of(65536);
+    let mut list = MarksHead::new_zeroed();
+    (list.magic, list.generation, list.uuid) = (MARKS_MAGIC, 1.into(), ours.uuid);
+    list.crc = crc32c::crc32c(list.as_bytes()).into();
+    poke(&rig, NAME, place + MARKS_COPY, list.as_bytes());
+    poke(&rig, NAME, place + 2 * MARKS_COPY - 1, &[0]);
+    for copy in 0..2 {
+        let at = entry.offset.get() + 4096 * copy;
+        let bytes = &bytes[at as usize..][..4096];
+        let mut table = sidecar::Header::read_from_bytes(bytes).unwrap();
+        table.version = VERSION_MARKS.into();
+        table.marks_offset = place.into();
+        table.generation_sum = (table.generation_sum.get() + 1).into();
+        table.crc = 0.into();
+        table.crc = crc32c::crc32c(table.as_bytes()).into();
+        poke(&rig, NAME, at, table.as_bytes());
+    }
+    let device = rig.open(NAME);
+    let refused = rig.block_on(device.snapshot_apply("1")).unwrap_err().to_string();
+    assert!(refused.contains("names a list of marked blocks"), "{refused}");
+    rig.close(device);
+    let said = run(&rig, Repair::None).zones.unwrap().messages.join("\n");
+    assert!(
+        said.contains("snapshot 1 cannot be used: it names a list of marked blocks"),
+        "{said}"
+    );
+    let zones = run(&rig, Repair::All).zones.unwrap();
+    assert_eq!(zones.errors, 0, "{:?}", zones.messages);
+    is_whole(&rig);
 }
 
 #[test]

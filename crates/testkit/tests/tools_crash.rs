@@ -1,14 +1,15 @@
-//! `commit` and `rebase` under kills and power cuts: at every moment the overlay reads as before, and no pointer of the
-//! base covers what is not there.
+//! `commit`, `rebase` and `check -r all` under kills and power cuts: at every moment the overlay reads as before, no pointer of
+//! the base covers what is not there, and what is repaired of a snapshot is not lost.
 //!
 //! `ZBDKIT_CRASH_STATES=N` judges so many states of each history instead of a small share.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use zbdkit_block::{
-    CreateOptions, Device, Graph, Host, OpenOptions, Qcow2CreateOptions, RunStateMode, ZnsOptions, ZoneOp,
-    create_qcow2, tool,
+    CreateOptions, Device, FileOptions, Graph, Host, OpenOptions, Qcow2CreateOptions, Repair, RunStateMode,
+    ZnsOptions, ZoneOp, check, create_qcow2, tool,
 };
 use zbdkit_io::{IoBuf, Runtime};
 use zbdkit_testkit::crash::choose::{Choose, Rng, mix};
@@ -182,11 +183,19 @@ struct History {
 
 impl History {
     fn record(model: Model, seed: u64, work: impl AsyncFnOnce(&Arc<dyn Host>)) -> History {
+        History::of(seed, async |host| make(host, model).await, work)
+    }
+
+    fn of(
+        seed: u64,
+        make: impl AsyncFnOnce(&Arc<dyn Host>),
+        work: impl AsyncFnOnce(&Arc<dyn Host>),
+    ) -> History {
         let runtime = runtime();
         let machine = Machine::new(Disk::default(), Behaviour::default(), seed);
         let (top, base) = drive(&runtime, &machine, async {
             let host = machine.host();
-            make(&host, model).await;
+            make(&host).await;
             (look(&host, TOP).await, look(&host, BASE).await)
         });
         let start = machine.disk();
@@ -297,4 +306,61 @@ fn a_rebase_may_be_cut_at_any_moment() {
             same(&look(host, TOP).await, &history.top, what);
         });
     }
+}
+
+/// Makes a snapshot of the base, and damages the extension that its last zone has there.
+async fn make_damaged(host: &Arc<dyn Host>) {
+    make(host, Model::HostManaged).await;
+    let base = open(host, BASE, false).await;
+    base.snapshot_create("then").await.unwrap();
+    base.close().await.unwrap();
+    let file = host.open(Path::new(BASE), &FileOptions::existing(false)).unwrap();
+    let bytes = IoBuf::alloc(file.len().unwrap() as usize);
+    file.read(bytes.clone(), 0).await.unwrap();
+    // The image's own lies before the snapshot's.
+    let last = bytes
+        .to_vec()
+        .windows(640)
+        .rposition(|found| found == [0xb0; 640]);
+    host.write_now(&file, &[0], last.unwrap() as u64).unwrap();
+    file.datasync().await.unwrap();
+}
+
+/// Checks the base, and repairs all of it; what is said.
+async fn repair(host: &Arc<dyn Host>, what: &str) -> Vec<String> {
+    let options = OpenOptions {
+        lock_wait: Duration::ZERO,
+        ..OpenOptions::default()
+    };
+    let checked = check(host, &graph(BASE), &options, Repair::All, &mut |_, _| ()).await;
+    let checked = checked.unwrap_or_else(|error| panic!("{what}: {error}"));
+    let (report, zones) = (checked.report.unwrap(), checked.zones.unwrap());
+    let said = [report.messages, zones.messages].concat();
+    let wrong = report.corruptions + report.check_errors + report.leaks + zones.errors;
+    assert_eq!(wrong, 0, "{what}: {said:?}");
+    said
+}
+
+#[test]
+fn a_repair_of_a_snapshots_table_may_be_cut_at_any_moment_and_repeated() {
+    let history = History::of(21, make_damaged, async |host| {
+        let said = repair(host, "at first").await;
+        let dropped = |text: &String| {
+            text.contains("snapshot 1, zone 7: its descriptor extension is damaged and dropped")
+        };
+        assert!(said.iter().any(dropped), "{said:?}");
+    });
+    history.judge(21, async |host, what| {
+        repair(host, what).await;
+        let base = open(host, BASE, false).await;
+        let applied = base.snapshot_apply("then").await;
+        applied.unwrap_or_else(|error| panic!("{what}: {error}"));
+        base.close().await.unwrap();
+        let mut view = look(host, BASE).await;
+        assert_eq!(view.extensions[7], None, "{what}");
+        // Which is all that the last zone had.
+        view.zones[7] = history.base.zones[7];
+        view.extensions[7] = history.base.extensions[7].clone();
+        same(&view, &history.base, what);
+    });
 }

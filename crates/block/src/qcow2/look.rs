@@ -90,7 +90,7 @@ impl Look {
         if let Some(ours) = look.ours {
             look.directory = Directory::load(file, ours.snapshots).await;
             if let Ok(directory) = &look.directory {
-                look.snapshots = Snapshots::at(file, header, directory).await;
+                look.snapshots = Snapshots::at(file, header, directory, &ours).await;
             }
         }
         Some(look)
@@ -403,8 +403,9 @@ impl Look {
         if self.trusted {
             found.say(
                 "a new zone table was made from the bare table of write pointers: counters, how far finished zones were \
-                 written, zones made read-only or offline, and the zones of snapshots are lost, and writes since the last \
-                 flush may be"
+                 written, zones made read-only or offline, random write areas, descriptor extensions, attributes, which \
+                 blocks were marked uncorrectable, and the zones of snapshots are lost, and writes since the last flush may \
+                 be"
                     .into(),
             );
         }

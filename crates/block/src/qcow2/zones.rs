@@ -11,10 +11,10 @@ use std::sync::Arc;
 use zbdkit_io::File;
 use zbdkit_qcow2::{Header, Qcow2};
 use zbdkit_spec::qcow2::{INCOMPAT_ZONE_STATES, ZONED_MAX_ZONES};
-use zbdkit_spec::sidecar;
+use zbdkit_spec::sidecar::{self, VERSION_MARKS};
 use zbdkit_zone::{Geometry, GeometrySpec, MAX_EXTENSION_SIZE, ZoneNo};
 
-use super::directory::Directory;
+use super::directory::{Directory, Frozen};
 use super::extension::{self, Draft, Zones};
 use super::node::Qcow2Node;
 use super::ours::{self, Ours};
@@ -25,8 +25,8 @@ use crate::error::{Error, OpenError};
 use crate::host::{FileId, Host};
 use crate::node::Node;
 use crate::zoned::{
-    Inside, Loaded, Mirror, Place, Records, RunStateMode, Slots, Table, TableError, ZonedNode, bare_words,
-    extension_size, marks_place, new_header, read_at, spec_of, table_size, write_at, zns_of,
+    Inside, Loaded, Mirror, Place, Records, RunStateMode, Salvaged, Slots, Table, TableError, ZonedNode,
+    bare_words, extension_size, marks_place, new_header, read_at, spec_of, table_size, write_at, zns_of,
 };
 
 /// What the clusters of a list of marked blocks are called.
@@ -98,24 +98,13 @@ impl Described {
                  not know zbdkit's zone tables"
             ));
         };
-        let damaged = |why: String| format!("the zone table of snapshot {id} cannot be used: {why}");
-        if frozen.table.1 > table_size(ZONED_MAX_ZONES, MAX_EXTENSION_SIZE) {
-            return Err(damaged(format!(
-                "it has {} bytes, more than it can have",
-                frozen.table.1
-            )));
-        }
-        let loaded = Table::load(file.clone(), frozen.table.0, frozen.table.1).await;
-        let loaded = loaded.map_err(|error| damaged(error.to_string()))?;
-        let header = loaded.table.header();
-        if header.uuid != ours.uuid.into_bytes() || header.open != 0 {
-            return Err(damaged("it is not this image's".into()));
-        }
-        let spec = spec_of(header).map_err(|model| damaged(format!("zone model {model} is not known")))?;
+        let (table, geometry) = read_frozen(file, frozen, ours)
+            .await
+            .map_err(|why| format!("the zone table of snapshot {id} cannot be used: {why}"))?;
         Ok(Known {
-            geometry: Geometry::new(spec).map_err(|error| damaged(error.to_string()))?,
-            records: loaded.records,
-            slots: Slots::of(&loaded.table),
+            geometry,
+            slots: Slots::of(&table.table),
+            records: table.records,
         })
     }
 
@@ -151,6 +140,33 @@ impl Described {
             true => Ok(loaded),
             false => Err(contradiction()),
         }
+    }
+}
+
+/// Reads the table of a snapshot, if it can be used and is such as this program makes for one. The error is for the user.
+pub async fn read_frozen(file: &File, frozen: &Frozen, ours: &Ours) -> Result<(Salvaged, Geometry), String> {
+    let (offset, len) = frozen.table;
+    if len > table_size(ZONED_MAX_ZONES, MAX_EXTENSION_SIZE) {
+        return Err(format!("it has {len} bytes, more than it can have"));
+    }
+    // The header first: it says where else something would be read.
+    let header = Table::load_header(file, offset, len)
+        .await
+        .map_err(|error| error.to_string())?;
+    if header.version.get() == VERSION_MARKS {
+        // Nothing vouches for the place of such a list: anybody's clusters may lie there.
+        return Err("it names a list of marked blocks, which no snapshot has".into());
+    }
+    if header.uuid != ours.uuid.into_bytes() || header.open != 0 {
+        return Err("it is not this image's".into());
+    }
+    let spec = spec_of(&header).map_err(|model| format!("zone model {model} is not known"))?;
+    let geometry = Geometry::new(spec).map_err(|error| error.to_string())?;
+    let table = Table::salvage(file.clone(), offset, len).await;
+    let table = table.map_err(|error| error.to_string())?;
+    match table.unusable() {
+        Some(error) => Err(error.to_string()),
+        None => Ok((table, geometry)),
     }
 }
 

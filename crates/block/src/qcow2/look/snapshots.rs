@@ -2,15 +2,15 @@
 
 use zbdkit_io::File;
 use zbdkit_qcow2::{Header, Qcow2, Snapshot, read_snapshots};
-use zbdkit_spec::qcow2::ZONED_MAX_ZONES;
-use zbdkit_zone::MAX_EXTENSION_SIZE;
+use zbdkit_zone::Geometry;
 
 use super::Look;
 use crate::check::{ZoneCheck, drop_extensions};
+use crate::host::FileId;
 use crate::qcow2::directory::{Directory, Frozen};
 use crate::qcow2::ours::Ours;
-use crate::qcow2::zones;
-use crate::zoned::{Finding, Salvaged, Table, TableError, table_size};
+use crate::qcow2::zones::{self, Known};
+use crate::zoned::{Finding, Salvaged, Slots};
 
 /// What is wrong with them. Snapshots go by their ids.
 #[derive(Default)]
@@ -25,17 +25,15 @@ pub(super) struct Snapshots {
 
 impl Snapshots {
     /// Looks at the tables that a directory names.
-    pub(super) async fn at(file: &File, header: &Header, directory: &Directory) -> Snapshots {
+    pub(super) async fn at(file: &File, header: &Header, directory: &Directory, ours: &Ours) -> Snapshots {
         let mut found = Snapshots::default();
         let snapshots: Vec<Snapshot> = read_snapshots(file, header).await.unwrap_or_default();
         for entry in &directory.entries {
             let why = if !snapshots.iter().any(|snapshot| snapshot.id == entry.id) {
                 Some("there is no such snapshot".to_owned())
-            } else if entry.table.1 > table_size(ZONED_MAX_ZONES, MAX_EXTENSION_SIZE) {
-                Some("it is larger than it can be".to_owned())
             } else {
-                match usable(file, entry).await {
-                    Ok(table) => {
+                match usable(file, entry, ours).await {
+                    Ok((table, _)) => {
                         let extensions: Vec<Finding> = table
                             .findings
                             .into_iter()
@@ -46,7 +44,7 @@ impl Snapshots {
                         }
                         None
                     }
-                    Err(error) => Some(error.to_string()),
+                    Err(error) => Some(error),
                 }
             };
             found.unusable.extend(why.map(|why| (entry.id.clone(), why)));
@@ -91,14 +89,19 @@ impl Look {
                 ..ours
             });
         }
-        for (entry, _) in &self.snapshots.damaged {
-            let mended = drop_damaged_of(image.file(), entry, found).await;
-            mended.map_err(|e| format!("the zone table of snapshot {}: {e}", entry.id))?;
-        }
-        if self.directory.is_ok() && self.snapshots.unusable.is_empty() {
+        let Snapshots {
+            unusable, damaged, ..
+        } = &self.snapshots;
+        if self.directory.is_ok() && unusable.is_empty() && damaged.is_empty() {
             return Ok(ours);
         }
-        for (id, _) in &self.snapshots.unusable {
+        for (entry, _) in damaged {
+            let table = without_damaged(image, entry, &ours, found).await;
+            let table = table.map_err(|e| format!("the zone table of snapshot {}: {e}", entry.id))?;
+            let named = directory.entries.iter_mut().filter(|named| *named == entry);
+            named.for_each(|named| named.table = table);
+        }
+        for (id, _) in unusable {
             directory = directory.without(id);
         }
         let bytes = directory.encode();
@@ -106,34 +109,44 @@ impl Look {
             true => (0, 0),
             false => zones::place(image, &bytes).await.map_err(|e| e.to_string())?,
         };
-        found.say("what cannot be used is taken out of the directory of the snapshots' zone tables".into());
+        if self.directory.is_err() || !unusable.is_empty() {
+            found.say(
+                "what cannot be used is taken out of the directory of the snapshots' zone tables".into(),
+            );
+        }
         Ok(Ours { snapshots, ..ours })
     }
 }
 
 /// A snapshot's zone table, with what is wrong with it though it can be used.
-async fn usable(file: &File, entry: &Frozen) -> Result<Salvaged, TableError> {
-    let (offset, len) = entry.table;
-    let mut table = Table::salvage(file.clone(), offset, len).await?;
-    if let Some(error) = table.unusable() {
-        return Err(error);
-    }
-    table.check_extensions().await?;
-    Ok(table)
+async fn usable(file: &File, entry: &Frozen, ours: &Ours) -> Result<(Salvaged, Geometry), String> {
+    let (mut table, geometry) = zones::read_frozen(file, entry, ours).await?;
+    let checked = table.check_extensions().await;
+    checked.map_err(|error| error.to_string())?;
+    Ok((table, geometry))
 }
 
-/// In its place: of each block one copy is whole at any moment.
-async fn drop_damaged_of(file: &File, entry: &Frozen, found: &mut ZoneCheck) -> Result<(), TableError> {
-    let Salvaged {
-        mut table,
-        mut records,
-        findings,
-    } = usable(file, entry).await?;
+/// Writes a table without the damaged extensions; where it lies. Not in the place of the old one: that has no epoch which
+/// could be open meanwhile, so that a cut would leave it outdated. The directory switches from one to the other.
+async fn without_damaged(
+    image: &Qcow2,
+    entry: &Frozen,
+    ours: &Ours,
+    found: &mut ZoneCheck,
+) -> Result<(u64, u64), String> {
+    let (table, geometry) = usable(image.file(), entry, ours).await?;
+    let mut records = table.records;
     drop_extensions(
         &format!("snapshot {}, ", entry.id),
-        &findings,
+        &table.findings,
         &mut records,
         found,
     );
-    table.mend(&findings, &records).await
+    let known = Known {
+        geometry,
+        records,
+        slots: Slots::of(&table.table),
+    };
+    let made = zones::make_area(image, &known, ours.uuid, FileId::default(), |_| ()).await;
+    made.map_err(|error| error.to_string())
 }
