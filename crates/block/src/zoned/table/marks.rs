@@ -151,7 +151,9 @@ impl Table {
         let copies = [first, second].map(|bytes| self.decode(bytes));
         let is_damaged = |i: usize| copies[i].is_none() && !is_zero(&[first, second][i][..BLOCK]);
         let is_half = is_damaged(0) || is_damaged(1);
-        match copies.into_iter().flatten().max_by_key(|kept| kept.generation) {
+        // The other one may be of before a change of the block size, and be none the worse for it.
+        let newest = copies.into_iter().flatten().max_by_key(|kept| kept.generation);
+        match newest.filter(|kept| self.fits(&kept.list)) {
             Some(kept) => {
                 self.marks = kept;
                 findings.extend(is_half.then_some(Finding::MarksHalf));
@@ -160,6 +162,14 @@ impl Table {
             None => findings.push(Finding::MarksLost),
         }
         Ok(())
+    }
+
+    /// Whether its marks are blocks of the device as it is.
+    fn fits(&self, list: &MarkList) -> bool {
+        let (size, block) = (self.header.size.get(), u64::from(self.header.block_size.get()));
+        list.ranges().iter().all(|range| {
+            range.end <= size && range.start.checked_rem(block) == Some(0) && range.end % block == 0
+        })
     }
 
     fn decode(&self, bytes: &[u8]) -> Option<KeptMarks> {
@@ -180,13 +190,8 @@ impl Table {
                 Some(mark.start.get()..mark.end.get())
             })
             .collect();
-        let (size, block) = (self.header.size.get(), u64::from(self.header.block_size.get()));
-        let list = MarkList::of(self.header.zone_size.get(), ranges?)?;
-        let fits = list.ranges().iter().all(|range| {
-            range.end <= size && range.start.checked_rem(block) == Some(0) && range.end % block == 0
-        });
-        fits.then_some(KeptMarks {
-            list,
+        Some(KeptMarks {
+            list: MarkList::of(self.header.zone_size.get(), ranges?)?,
             generation: head.generation.get(),
         })
     }
