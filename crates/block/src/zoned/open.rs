@@ -354,6 +354,7 @@ impl<'a> Opening<'a> {
         }
         self.settle(recovered).await?;
         let run_state = self.begin_epoch().await?;
+        self.drop_marks().await?;
         let sync_writes = *self.run_state == RunStateMode::Sync;
         let extensions = Extensions::of(&self.table);
         let marks = self.table.marks().clone();
