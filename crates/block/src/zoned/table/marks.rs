@@ -65,10 +65,20 @@ impl Table {
         self.base + table_size(header.nr_zones.get(), extension_size(header))
     }
 
-    /// Gives the table a place for its list, at `offset` of the file, with a first list in it; durable when this returns.
+    /// Gives the place for a list at `offset` of the file its space, not synced. After that a full disk fails no write of a list,
+    /// which would be final: lists grow, and are written to the other copy. Nothing names the place yet.
+    pub async fn make_room(&self, offset: u64) -> Result<(), TableError> {
+        match self.file.allocate(offset, MARKS_LEN).await {
+            Err(error) if crate::file::is_unsupported(&error) => {
+                write_at(&self.file, &vec![0; MARKS_LEN as usize], offset).await
+            }
+            result => result.map_err(|e| TableError::Io("allocating", e)),
+        }
+    }
+
+    /// Gives the table a place for its list, at `offset` of the file, which has its space, with a first list in it; durable when
+    /// this returns.
     pub async fn add_marks(&mut self, offset: u64, list: &MarkList) -> Result<(), TableError> {
-        // The file reaches to the end of both copies from now on.
-        write_at(&self.file, &[0; BLOCK], offset + MARKS_LEN - BLOCK as u64).await?;
         self.write_list(offset, list).await?;
         self.sync().await?;
         // Only now is there something to be named.
