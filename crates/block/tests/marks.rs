@@ -11,7 +11,7 @@ use support::{Rig, host, pattern};
 use zbdkit_block::tool::{self, CompareOptions, CopyOptions};
 use zbdkit_block::{
     CreateError, CrossZone, Device, Error, Graph, OpenOptions, Preallocation, Qcow2CreateOptions, Repair,
-    ZoneOp, check, create_qcow2, default_sidecar,
+    RunStateMode, ZoneOp, check, create_qcow2, default_sidecar,
 };
 use zbdkit_io::IoBuf;
 use zbdkit_zone::ZoneError;
@@ -301,6 +301,67 @@ fn a_newest_list_that_is_lost_is_noticed() {
     flip(sidecar, list[1] + 70);
     let error = rig.open_error("disk.raw");
     assert!(error.contains("held the newest state"), "{error}");
+}
+
+/// Moves the only mark of the newest list up by so many blocks.
+fn move_mark(path: &std::path::Path, blocks: u64) {
+    let mut bytes = fs::read(path).unwrap();
+    let generation = |at: &u64| bytes[*at as usize + 16];
+    let at = copies(path).into_iter().max_by_key(generation).unwrap() as usize;
+    for field in [at + 64, at + 72] {
+        let field = &mut bytes[field..field + 8];
+        let offset = u64::from_le_bytes(field.try_into().unwrap());
+        field.copy_from_slice(&(offset + blocks * BLOCK).to_le_bytes());
+    }
+    bytes[at + 8..at + 12].fill(0);
+    let crc = crc32c::crc32c(&bytes[at..at + 80]).to_le_bytes();
+    bytes[at + 8..at + 12].copy_from_slice(&crc);
+    fs::write(path, bytes).unwrap();
+}
+
+/// A mark whose write failed is left above the data by a clean close. It goes with the next opening, and one that gets no further
+/// than that leaves an image that can be opened.
+#[test]
+fn an_opening_that_drops_marks_can_end_anywhere() {
+    for (name, make) in [
+        ("disk.raw", raw as fn(&Rig) -> Device),
+        ("disk.qcow2", |rig| qcow2(rig, "disk.qcow2")),
+    ] {
+        let rig = Rig::new();
+        let device = make(&rig);
+        mark(&rig, &device, Z1, 1).unwrap();
+        rig.close(device);
+        let holder = match name {
+            "disk.raw" => default_sidecar(&rig.path(name)),
+            _ => rig.path(name),
+        };
+        move_mark(&holder, 2);
+        // It ends where the new epoch would begin.
+        let nowhere = OpenOptions {
+            run_state: RunStateMode::In(rig.path("nowhere")),
+            ..OpenOptions::default()
+        };
+        let error = rig
+            .try_open(name, nowhere)
+            .err()
+            .expect("no run state")
+            .to_string();
+        assert!(error.contains("the run state cannot be created"), "{error}");
+        assert_eq!(checked(&rig, name, Repair::None), (0, String::new()));
+        let device = rig.open(name);
+        assert!(device.marks().is_empty());
+        rig.write(&device, Z1 + BLOCK, &pattern(1, 2 * ONE));
+        // As if it died.
+        drop(device);
+        let device = rig.open(name);
+        assert_eq!(
+            try_read(&rig, &device, Z1, 3).unwrap()[ONE..],
+            pattern(1, 2 * ONE)
+        );
+        rig.close(device);
+        // The kill has lost clusters of the qcow2 image, and nothing else.
+        assert!(!checked(&rig, name, Repair::None).1.contains("ERROR"));
+    }
 }
 
 #[test]

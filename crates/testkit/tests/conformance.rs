@@ -13,6 +13,7 @@ use zbdkit_testkit::conformance;
 use zbdkit_testkit::fault::{Action, FaultHost, OpKind, Rule};
 
 const ENOSPC: i32 = 28;
+const EOPNOTSUPP: i32 = 95;
 
 fn runtime(backend: Backend) -> Option<Runtime> {
     match Runtime::new(RuntimeOptions {
@@ -310,6 +311,40 @@ fn a_failed_write_fails_alone_and_the_zone_goes_on() {
         assert_eq!(faults.taken(), 1);
         device.write(&lane, block(3), ZONE + 4096).await.unwrap();
         device.flush(&lane).await.unwrap();
+        drop(lane);
+        device.close().await.unwrap();
+    });
+}
+
+#[test]
+fn the_first_mark_fails_alone_without_room_for_it_and_later_ones_need_none() {
+    let dir = tempfile::tempdir().unwrap();
+    runtime(Backend::Threads).unwrap().block_on(async {
+        let (device, host) = faulty(dir.path()).await;
+        let sidecar = zbdkit_block::default_sidecar(&dir.path().join("faulty.raw"));
+        let len = || std::fs::metadata(&sidecar).unwrap().len();
+        let behind = len();
+        let faults = host.faults(&sidecar);
+        let lane = device.lane(4);
+        faults.add(Rule::nth(OpKind::Allocate, 0, Action::Fail(ENOSPC)));
+        // Where the file system knows no such thing, zeros are written.
+        faults.add(Rule::every(OpKind::Allocate, Action::Fail(EOPNOTSUPP)));
+        let no_room = Rule::nth(OpKind::Write, 0, Action::Fail(ENOSPC));
+        faults.add(no_room.within(behind + (64 << 10)..behind + (128 << 10)));
+        for taken in [1, 3] {
+            let failed = device.mark_uncorrectable(&lane, ZONE, 4096).await;
+            assert!(
+                matches!(failed, Err(Error::Io { errno: ENOSPC, .. })),
+                "{failed:?}"
+            );
+            assert_eq!(faults.taken(), taken);
+            device.flush(&lane).await.unwrap();
+        }
+        device.mark_uncorrectable(&lane, ZONE, 4096).await.unwrap();
+        assert_eq!(faults.taken(), 4);
+        assert_eq!(len(), behind + (128 << 10));
+        device.mark_uncorrectable(&lane, ZONE + 4096, 4096).await.unwrap();
+        assert_eq!(faults.taken(), 4);
         drop(lane);
         device.close().await.unwrap();
     });

@@ -287,6 +287,10 @@ impl Holder for Qcow2Node {
     fn allocate<'a>(&'a self, len: u64) -> Request<'a, u64> {
         Box::pin(async move { Ok(self.image.allocate_area(len).await?) })
     }
+
+    fn free<'a>(&'a self, offset: u64, len: u64) -> Request<'a, ()> {
+        Box::pin(async move { Ok(self.image.free_area(offset, len).await?) })
+    }
 }
 
 /// A node as what lies below an image: its bytes, whatever its zones say of them.

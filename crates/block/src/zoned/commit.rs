@@ -43,6 +43,8 @@ pub struct Committer {
     tables: Mutex<Option<Tables>>,
     /// The first failed write-back, final for the epoch; 0 while there was none.
     failed: AtomicI32,
+    /// Why the last list of marks was not taken although the epoch goes on; 0 where it was.
+    no_room: AtomicI32,
     /// The table is not the image's any more.
     abandoned: AtomicBool,
 }
@@ -66,6 +68,7 @@ impl Committer {
                 holder,
             })),
             failed: AtomicI32::new(0),
+            no_room: AtomicI32::new(0),
             abandoned: AtomicBool::new(false),
         }
     }
@@ -112,13 +115,21 @@ impl Committer {
         self.round(|work| work.slots = true, at).await
     }
 
-    /// Makes a list of marked blocks durable; before it, where `data` is set, what was written to the child. One at a time.
+    /// Makes a list of marked blocks durable; before it, where `data` is set, what was written to the child. One at a time. The
+    /// first one fails alone where the disk is too full for any.
     pub async fn keep_marks(&self, list: MarkList, data: bool, at: &Image<'_>) -> Result<(), Error> {
         let add = |work: &mut Work| {
             work.data |= data;
             work.marks = Some(list);
         };
-        self.round(add, at).await
+        self.round(add, at).await?;
+        match self.no_room.load(Ordering::Acquire) {
+            0 => Ok(()),
+            errno => Err(Error::Io {
+                op: "making room for the list of marked blocks",
+                errno,
+            }),
+        }
     }
 
     /// Makes it durable that the image has blocks of another size. What zones hold must be durable before, and fit it.
@@ -132,7 +143,7 @@ impl Committer {
             let tables = lock(&self.tables).take();
             let Some(mut tables) = tables else { return };
             if self.failed.load(Ordering::Acquire) == 0
-                && let Err(errno) = run(work, &mut tables, at).await
+                && let Err(errno) = run(work, &mut tables, at, &self.no_room).await
             {
                 self.fail(errno, at.waiters);
             }
@@ -217,7 +228,8 @@ async fn end(tables: Tables) -> Result<(), TableError> {
     table.sync().await
 }
 
-async fn run(work: Work, tables: &mut Tables, at: &Image<'_>) -> Result<(), i32> {
+/// An error is final for the epoch; a list of marks that there is no room for is none.
+async fn run(work: Work, tables: &mut Tables, at: &Image<'_>, no_room: &AtomicI32) -> Result<(), i32> {
     if work.slots {
         tables.table.sync().await.map_err(|error| table_errno(&error))?;
     }
@@ -237,7 +249,18 @@ async fn run(work: Work, tables: &mut Tables, at: &Image<'_>) -> Result<(), i32>
         at.child.flush().await.map_err(|error| error.errno())?;
     }
     if let Some(list) = &work.marks {
-        keep_marks(tables, list).await?;
+        let full = match place_of_marks(tables).await {
+            Err(errno) if is_full(errno) => {
+                // Nothing was to be made durable, unless the image itself could not note what it gave.
+                at.child.check().map_err(|error| error.errno())?;
+                errno
+            }
+            place => {
+                keep_marks(tables, place?, list).await?;
+                0
+            }
+        };
+        no_room.store(full, Ordering::Release);
     }
     if let Some(holder) = &tables.holder
         && changes.values().any(is_beyond_bare_tables)
@@ -256,21 +279,43 @@ async fn run(work: Work, tables: &mut Tables, at: &Image<'_>) -> Result<(), i32>
     written.await.map_err(|error| table_errno(&error))
 }
 
-async fn keep_marks(Tables { table, holder, .. }: &mut Tables, list: &MarkList) -> Result<(), i32> {
-    let errno = |error: TableError| table_errno(&error);
+/// A place for a list of marks, with its space, where the table has none yet.
+async fn place_of_marks(Tables { table, holder, .. }: &Tables) -> Result<Option<u64>, i32> {
     if table.has_marks() {
-        table.write_marks(list).await.map_err(errno)?;
-        return table.sync().await.map_err(errno);
+        return Ok(None);
     }
     let place = match holder {
-        Some(holder) => {
-            // Programs that know no marks must not read the image, and so write to it, as if there were none.
-            holder.mark().await.map_err(|error| error.errno())?;
-            holder.allocate(MARKS_LEN).await.map_err(|error| error.errno())?
-        }
+        Some(holder) => holder.allocate(MARKS_LEN).await.map_err(|error| error.errno())?,
         None => table.behind(),
     };
+    if let Err(error) = table.make_room(place).await {
+        if let Some(holder) = holder {
+            // Where that fails, too, it stays lost space.
+            let _ = holder.free(place, MARKS_LEN).await;
+        }
+        return Err(table_errno(&error));
+    }
+    Ok(Some(place))
+}
+
+/// Makes a list durable, the first one at `place`.
+async fn keep_marks(tables: &mut Tables, place: Option<u64>, list: &MarkList) -> Result<(), i32> {
+    let Tables { table, holder, .. } = tables;
+    let errno = |error: TableError| table_errno(&error);
+    let Some(place) = place else {
+        table.write_marks(list).await.map_err(errno)?;
+        return table.sync().await.map_err(errno);
+    };
+    if let Some(holder) = holder {
+        // Programs that know no marks must not read the image, and so write to it, as if there were none.
+        holder.mark().await.map_err(|error| error.errno())?;
+    }
     table.add_marks(place, list).await.map_err(errno)
+}
+
+/// Whether an error says no more than that something does not fit.
+fn is_full(errno: i32) -> bool {
+    matches!(errno, libc::ENOSPC | libc::EDQUOT | libc::EFBIG)
 }
 
 async fn write(tables: &mut Tables, changes: &BTreeMap<u32, ZoneRecord>) -> Result<(), TableError> {

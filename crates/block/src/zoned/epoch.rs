@@ -38,8 +38,8 @@ impl Opening<'_> {
         if self.table.header().open != 0 {
             self.zero_above_pointers().await?;
             self.child.flush().await?;
+            self.settle_marks().await?;
         }
-        self.settle_marks().await?;
         let failed = |error| self.place.table_error(error);
         if let Some(mirror) = &mut self.mirror
             && mirror.repair(&self.records).await.map_err(failed)? != 0

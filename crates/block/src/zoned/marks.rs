@@ -101,13 +101,21 @@ impl Opening<'_> {
         }
     }
 
-    /// Drops the others, durably: whoever writes there next must be able to read it. After an unclean end both copies of the
-    /// list become whole, too.
+    /// Drops the others, durably: whoever writes there next must be able to read it. Only while the header says that an epoch is
+    /// open: the sum of a closed one's generations is that of the list before.
+    pub(super) async fn drop_marks(&mut self) -> Result<(), OpenError> {
+        match self.valid_marks() == *self.table.marks() {
+            true => Ok(()),
+            false => self.settle_marks().await,
+        }
+    }
+
+    /// The same after an unclean end, when both copies of the list become whole, too.
     pub(super) async fn settle_marks(&mut self) -> Result<(), OpenError> {
-        let list = self.valid_marks();
-        if !self.table.has_marks() || (self.table.header().open == 0 && list == *self.table.marks()) {
+        if !self.table.has_marks() {
             return Ok(());
         }
+        let list = self.valid_marks();
         let failed = |error| self.place.table_error(error);
         self.table.write_marks(&list).await.map_err(failed)?;
         self.table.sync().await.map_err(failed)

@@ -85,6 +85,9 @@ pub(crate) trait Holder: Send + Sync {
     /// Takes so many bytes of the image's file for its zones, next to each other; the answer is where they begin. They are
     /// lost space until the table names them.
     fn allocate<'a>(&'a self, len: u64) -> Request<'a, u64>;
+
+    /// Gives back what was allocated and is named by nothing.
+    fn free<'a>(&'a self, offset: u64, len: u64) -> Request<'a, ()>;
 }
 
 /// What the zone table said of the image when it was opened.
@@ -354,6 +357,7 @@ impl<'a> Opening<'a> {
         }
         self.settle(recovered).await?;
         let run_state = self.begin_epoch().await?;
+        self.drop_marks().await?;
         let sync_writes = *self.run_state == RunStateMode::Sync;
         let extensions = Extensions::of(&self.table);
         let marks = self.table.marks().clone();

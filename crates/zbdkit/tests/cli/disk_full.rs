@@ -93,3 +93,61 @@ fn a_full_disk_fails_the_write_and_the_image_works_on_when_there_is_room() {
     assert_eq!(user.finish(), Some(1));
     assert!(bench.run(&["info", image]).ok().contains("closed cleanly"));
 }
+
+#[test]
+fn a_full_disk_fails_the_first_mark_alone_and_no_later_one() {
+    let bench = Bench::new();
+    let Some(disk) = SmallDisk::mount(bench.path("small")) else {
+        eprintln!("SKIPPED: no tmpfs can be mounted here");
+        return;
+    };
+    let filler = disk.0.join("filler");
+    let fill = || {
+        let full = std::fs::write(&filler, vec![1; 2 << 20]).unwrap_err();
+        assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    };
+    for name in ["disk.raw", "disk.qcow2"] {
+        let image = disk.0.join(name);
+        let image = image.to_str().unwrap();
+        bench
+            .run(&[
+                "create",
+                "-q",
+                image,
+                "--size",
+                "64M",
+                "--zone-size",
+                "16M",
+                "--conventional",
+                "1",
+                "--block-size",
+                "512",
+            ])
+            .ok();
+        let mut user = bench.interactive(image);
+        // Twice, for both copies of the zones' records: then nothing but the list needs space.
+        for _ in 0..2 {
+            assert!(user.command("write -P 1 0 320k").starts_with("wrote"));
+            assert_eq!(user.command("flush"), "");
+        }
+        fill();
+        assert_eq!(
+            user.command("write_uncor 0 512"),
+            "write uncorrectable failed: No space left on device\n"
+        );
+        assert_eq!(user.command("flush"), "", "{name}");
+        std::fs::remove_file(&filler).unwrap();
+        assert_eq!(user.command("write_uncor 0 512"), "");
+        // The other copy was never written, and both become longer.
+        fill();
+        for at in 1..300 {
+            assert_eq!(user.command(&format!("write_uncor {at}k 512")), "", "{at}k");
+        }
+        assert_eq!(user.command("flush"), "", "{name}");
+        std::fs::remove_file(&filler).unwrap();
+        assert_eq!(user.finish(), Some(1));
+        assert!(bench.run(&["info", image]).ok().contains("closed cleanly"));
+        bench.run(&["check", image]).ok();
+        std::fs::remove_file(image).unwrap();
+    }
+}

@@ -65,10 +65,20 @@ impl Table {
         self.base + table_size(header.nr_zones.get(), extension_size(header))
     }
 
-    /// Gives the table a place for its list, at `offset` of the file, with a first list in it; durable when this returns.
+    /// Gives the place for a list at `offset` of the file its space, not synced. After that a full disk fails no write of a list,
+    /// which would be final: lists grow, and are written to the other copy. Nothing names the place yet.
+    pub async fn make_room(&self, offset: u64) -> Result<(), TableError> {
+        match self.file.allocate(offset, MARKS_LEN).await {
+            Err(error) if crate::file::is_unsupported(&error) => {
+                write_at(&self.file, &vec![0; MARKS_LEN as usize], offset).await
+            }
+            result => result.map_err(|e| TableError::Io("allocating", e)),
+        }
+    }
+
+    /// Gives the table a place for its list, at `offset` of the file, which has its space, with a first list in it; durable when
+    /// this returns.
     pub async fn add_marks(&mut self, offset: u64, list: &MarkList) -> Result<(), TableError> {
-        // The file reaches to the end of both copies from now on.
-        write_at(&self.file, &[0; BLOCK], offset + MARKS_LEN - BLOCK as u64).await?;
         self.write_list(offset, list).await?;
         self.sync().await?;
         // Only now is there something to be named.
@@ -151,7 +161,9 @@ impl Table {
         let copies = [first, second].map(|bytes| self.decode(bytes));
         let is_damaged = |i: usize| copies[i].is_none() && !is_zero(&[first, second][i][..BLOCK]);
         let is_half = is_damaged(0) || is_damaged(1);
-        match copies.into_iter().flatten().max_by_key(|kept| kept.generation) {
+        // The other one may be of before a change of the block size, and be none the worse for it.
+        let newest = copies.into_iter().flatten().max_by_key(|kept| kept.generation);
+        match newest.filter(|kept| self.fits(&kept.list)) {
             Some(kept) => {
                 self.marks = kept;
                 findings.extend(is_half.then_some(Finding::MarksHalf));
@@ -160,6 +172,14 @@ impl Table {
             None => findings.push(Finding::MarksLost),
         }
         Ok(())
+    }
+
+    /// Whether its marks are blocks of the device as it is.
+    fn fits(&self, list: &MarkList) -> bool {
+        let (size, block) = (self.header.size.get(), u64::from(self.header.block_size.get()));
+        list.ranges().iter().all(|range| {
+            range.end <= size && range.start.checked_rem(block) == Some(0) && range.end % block == 0
+        })
     }
 
     fn decode(&self, bytes: &[u8]) -> Option<KeptMarks> {
@@ -180,13 +200,8 @@ impl Table {
                 Some(mark.start.get()..mark.end.get())
             })
             .collect();
-        let (size, block) = (self.header.size.get(), u64::from(self.header.block_size.get()));
-        let list = MarkList::of(self.header.zone_size.get(), ranges?)?;
-        let fits = list.ranges().iter().all(|range| {
-            range.end <= size && range.start.checked_rem(block) == Some(0) && range.end % block == 0
-        });
-        fits.then_some(KeptMarks {
-            list,
+        Some(KeptMarks {
+            list: MarkList::of(self.header.zone_size.get(), ranges?)?,
             generation: head.generation.get(),
         })
     }
