@@ -3,7 +3,7 @@
 mod crash_support;
 
 use crash_support::{
-    SEED, case, caught, failing, formattable, hold, host_aware, host_managed, many_zones, mapped,
+    SEED, case, caught, failing, formattable, hold, hold_every, host_aware, host_managed, many_zones, mapped,
     zoned_namespace,
 };
 use zbdkit_block::RunStateMode;
@@ -72,16 +72,7 @@ fn areas_extensions_and_attributes_keep_the_contract_in_all_modes_and_after_fail
 #[test]
 fn every_crash_of_a_short_history_in_an_area_is_allowed() {
     let few = Mix { zones: 2, ..Mix::ZNS };
-    let mut case = case("zns-short", zoned_namespace(), few);
-    case.plan.clients = 2;
-    case.plan.requests = 4;
-    let mut total = 0;
-    for number in 0..4 {
-        let mut tally = Tally::default();
-        let result = exhaust(&case, SEED + number, 128, &mut tally);
-        total += result.unwrap_or_else(|violation| panic!("{violation}"));
-    }
-    println!("zns-short: {total} states, all that there are up to 128 a moment");
+    hold_every(case("zns-short", zoned_namespace(), few), 128);
 }
 
 #[test]
@@ -110,16 +101,7 @@ fn every_crash_of_a_short_history_with_formats_is_allowed() {
         zones: 2,
         ..Mix::FORMAT
     };
-    let mut case = case("format-short", formattable(), few);
-    case.plan.clients = 2;
-    case.plan.requests = 4;
-    let mut total = 0;
-    for number in 0..4 {
-        let mut tally = Tally::default();
-        let result = exhaust(&case, SEED + number, 128, &mut tally);
-        total += result.unwrap_or_else(|violation| panic!("{violation}"));
-    }
-    println!("format-short: {total} states, all that there are up to 128 a moment");
+    hold_every(case("format-short", formattable(), few), 128);
 }
 
 #[test]

@@ -3,11 +3,13 @@
 
 mod crash_support;
 
-use crash_support::{SEED, case, caught, failing, hold, host_aware, host_managed, mapped, zoned_namespace};
+use crash_support::{
+    case, caught, failing, hold, hold_every, host_aware, host_managed, mapped, zoned_namespace,
+};
 use zbdkit_block::{CreateOptions, Qcow2Layout, RunStateMode};
 use zbdkit_testkit::crash::host::{FaultKind, Lie, Role};
 use zbdkit_testkit::crash::image::Image;
-use zbdkit_testkit::crash::suite::{Crash, Tally, exhaust};
+use zbdkit_testkit::crash::suite::Crash;
 use zbdkit_testkit::crash::workload::Mix;
 
 const EIO: i32 = 5;
@@ -101,16 +103,7 @@ fn every_crash_of_a_short_history_with_marks_is_allowed() {
         zones: 2,
         ..Mix::MARKS
     };
-    let mut case = case("marks-short", host_managed(), few);
-    case.plan.clients = 2;
-    case.plan.requests = 4;
-    let mut total = 0;
-    for number in 0..4 {
-        let mut tally = Tally::default();
-        let result = exhaust(&case, SEED + number, 64, &mut tally);
-        total += result.unwrap_or_else(|violation| panic!("{violation}"));
-    }
-    println!("marks-short: {total} states, all that there are up to 64 a moment");
+    hold_every(case("marks-short", host_managed(), few), 64);
 }
 
 #[test]

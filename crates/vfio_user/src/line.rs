@@ -60,9 +60,9 @@ impl PostedWrite {
 
 /// What came of looking at a [`Line`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Heard {
-    /// A write that the device's thread takes.
-    Write(PostedWrite),
+pub enum Heard<T> {
+    /// A write that the device's thread takes, as it understands it.
+    Write(T),
     /// Nothing more for now.
     Nothing,
     /// Something for the server: the line is to be dropped.
@@ -99,8 +99,8 @@ struct State {
 }
 
 impl Line {
-    /// Looks at the socket. Writes of which `takes` is true are told; everything else is the server's.
-    pub fn listen(&mut self, takes: impl FnOnce(&PostedWrite) -> bool) -> Heard {
+    /// Looks at the socket. Writes that `takes` understands are told; everything else is the server's.
+    pub fn listen<T>(&mut self, takes: impl FnOnce(PostedWrite) -> Option<T>) -> Heard<T> {
         let Some(stream) = &mut self.stream else {
             return Heard::Else;
         };
@@ -108,9 +108,7 @@ impl Line {
         match &met {
             Ok(Progress::Idle) => return Heard::Nothing,
             Ok(Progress::Message(message)) => {
-                if let Some(write) = PostedWrite::of(message)
-                    && takes(&write)
-                {
+                if let Some(write) = PostedWrite::of(message).and_then(takes) {
                     return Heard::Write(write);
                 }
             }

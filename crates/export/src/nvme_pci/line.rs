@@ -29,13 +29,12 @@ async fn wait(
     here: usize,
 ) {
     while news(&line).await {
-        let write = match line.listen(|write| doorbell(write).is_some()) {
-            Heard::Write(write) => write,
+        let (at, value) = match line.listen(doorbell) {
+            Heard::Write(doorbell) => doorbell,
             Heard::Nothing => continue,
             Heard::Else => return,
         };
-        let rung = doorbell(&write).and_then(|(at, value)| front.doorbells.ring(at, value));
-        match rung {
+        match front.doorbells.ring(at, value) {
             Some(there) if there != here => {
                 workers[there].wake();
                 return wait_at(line, front, workers, there);
@@ -60,7 +59,7 @@ async fn news(line: &Line) -> bool {
 }
 
 /// The doorbell, as an offset in BAR0, and the value of a write that is nothing else.
-fn doorbell(write: &PostedWrite) -> Option<(u64, u32)> {
+fn doorbell(write: PostedWrite) -> Option<(u64, u32)> {
     let value = u32::from_le_bytes(write.data().try_into().ok()?);
     let is_one = write.region == pci_region::BAR0
         && write.offset.is_multiple_of(4)

@@ -9,7 +9,7 @@ use zbdkit_block::{CreateOptions, ZnsOptions};
 use zbdkit_testkit::crash::host::{Fault, FaultKind, Lie, Role};
 use zbdkit_testkit::crash::image::Image;
 use zbdkit_testkit::crash::run::Plan;
-use zbdkit_testkit::crash::suite::{Case, Crash, Effort, Tally, Violation, campaign};
+use zbdkit_testkit::crash::suite::{Case, Crash, Effort, Tally, Violation, campaign, exhaust};
 use zbdkit_testkit::crash::workload::Mix;
 use zbdkit_zone::Model;
 
@@ -133,6 +133,21 @@ pub fn hold(case: Case, share: u64) {
     tried(case.name, share, STATES, |effort, seed, replay, tally| {
         campaign(&case, effort, seed, replay, tally)
     });
+}
+
+/// Every crash of some short histories must be allowed: all states that there are, up to `most` a moment.
+pub fn hold_every(mut case: Case, most: u64) {
+    case.plan.clients = 2;
+    case.plan.requests = 4;
+    let mut total = 0;
+    for number in 0..4 {
+        let result = exhaust(&case, SEED + number, most, &mut Tally::default());
+        total += result.unwrap_or_else(|violation| panic!("{violation}"));
+    }
+    println!(
+        "{}: {total} states, all that there are up to {most} a moment",
+        case.name
+    );
 }
 
 /// The case must be found out within the normal number of states; how.

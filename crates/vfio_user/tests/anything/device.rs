@@ -159,7 +159,7 @@ impl zbdkit_vfio_user::Device for Device {
 
     /// What is there is taken or left at once.
     fn take_line(&mut self, mut line: Line) {
-        while let Heard::Write(write) = line.listen(|write| write.region == 0) {
+        while let Heard::Write(write) = line.listen(|write| (write.region == 0).then_some(write)) {
             assert!(write.data().len() <= 8);
         }
     }

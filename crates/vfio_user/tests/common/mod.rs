@@ -152,11 +152,12 @@ impl Device for Toy {
 
 /// Takes dwords that are written to BAR0.
 async fn wait_at(mut line: Line, memory: Arc<Mutex<Vec<u8>>>, seen: Arc<Mutex<Seen>>) {
-    let takes = |write: &PostedWrite| {
-        write.region == BAR0
+    let takes = |write: PostedWrite| {
+        let is_dword = write.region == BAR0
             && write.data().len() == 4
             && write.offset <= SIZE - 4
-            && write.offset.is_multiple_of(4)
+            && write.offset.is_multiple_of(4);
+        is_dword.then_some(write)
     };
     loop {
         let is_recalled = {
